@@ -1,7 +1,8 @@
-"""Is a kernel right? Asked before anything is timed, and answered with the float64 product of the weights that reference.py decodes.
+"""Is a kernel right? Asked before anything is timed, and answered with the float64 product of the weights that reference.py decodes, and
+of what activations are rounded to where a kernel rounds them.
 
     odd shapes     N, K and M that fill no tile, every group size, through the packer: padding, edges, bias
-    identity       activations that pick out single weights: bit for bit the decoded weight, rounded once
+    identity       activations that pick out single weights: bit for bit the decoded weight, rounded once; not of rounded activations
     timed shapes   every linear and M that will be timed, the first, middle and last columns and rows: an index could overflow
 
 Activations, codes, metadata and scales of both signs are random. Activations lie between NaNs, and outputs are NaNs between NaNs: what is
@@ -62,6 +63,10 @@ class Implementation(Protocol):
     def dtype(self) -> torch.dtype: ...
     def run(self, activations: Tensor, p: Packed, bias: Tensor | None, out: Tensor) -> Tensor:
         """The product [M, N]: in `out`, or in a tensor of its own."""
+        ...
+
+    def rounded(self, activations: Tensor, n: int) -> Tensor | None:
+        """What it multiplies by a weight of N outputs in place of the activations, in float64; None where it takes them as they are."""
         ...
 
     def is_worth_timing(self, m: int, n: int, k: int) -> bool:
@@ -145,10 +150,12 @@ def _odd(tallies: Sequence[Tally], kind: Kind, device: torch.device) -> None:
             inner = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
             activations = between_nans(inner.to(device, dtype))
             bias = torch.linspace(-3, 3, n, device=device).to(dtype) if with_bias else None
-            exact = activations.double() @ weight.T + (0 if bias is None else bias.double())
+            shift = 0 if bias is None else bias.double()
+            plain = activations.double() @ weight.T + shift
             case = f"M={m} N={n} K={k} group_size={group_size}{' with bias' if with_bias else ''}"
             for tally in mine:
-                where = f"{tally.implementation.name}: {case}"
+                where, rounded = f"{tally.implementation.name}: {case}", tally.implementation.rounded(activations, n)
+                exact = plain if rounded is None else rounded @ weight.T + shift
                 tally.compare(where, _three(tally, where, activations, p, bias), exact)
 
 
@@ -159,8 +166,10 @@ def _identity(tallies: Sequence[Tally], kind: Kind, device: torch.device) -> Non
         weight = decoded(p)
         for tally in tallies:
             dtype = tally.implementation.dtype
-            where = f"{tally.implementation.name}: identity, group_size={group_size}"
-            found = _three(tally, where, torch.eye(k, device=device, dtype=dtype), p, None)
+            where, identity = f"{tally.implementation.name}: identity, group_size={group_size}", torch.eye(k, device=device, dtype=dtype)
+            if tally.implementation.rounded(identity, n) is not None:  # 1 is 127 times its scale, to the last bit but one
+                continue
+            found = _three(tally, where, identity, p, None)
             expected = weight.T.to(dtype)
             tally.checks += 1
             if not torch.equal(found, expected):
@@ -175,17 +184,23 @@ def _timed(tallies: Sequence[Tally], kind: Kind, shape: Shape, tokens: Sequence[
     weights = [decoded(columns(p, first, last)).double() for first, last in windows]
     for m, (dtype, mine) in itertools.product(tokens, _by_dtype(tallies)):
         activations = torch.randn(m, shape.k, device=device, generator=torch.Generator(device).manual_seed(m)).to(dtype)
-        exact = {  # rows and columns -> their product
-            (rows, between): activations[rows[0] : rows[1]].double() @ weight.T
-            for rows in _windows(m, 1)
-            for between, weight in zip(windows, weights, strict=True)
-        }
+
+        def exact(wide: Tensor, m: int = m) -> dict[tuple[tuple[int, int], tuple[int, int]], Tensor]:
+            """Rows and columns -> their product."""
+            return {
+                (rows, between): wide[rows[0] : rows[1]].double() @ weight.T
+                for rows in _windows(m, 1)
+                for between, weight in zip(windows, weights, strict=True)
+            }
+
+        plain = exact(activations)
         for tally in mine:
             if not tally.implementation.is_worth_timing(m, shape.n, shape.k):
                 continue
+            rounded = tally.implementation.rounded(activations, shape.n)
             where = f"{tally.implementation.name}: M={m} N={shape.n} K={shape.k} group_size={shape.group_size}"
             found = _three(tally, where, activations, p, None)
-            for (rows, between), product in exact.items():
+            for (rows, between), product in (plain if rounded is None else exact(rounded)).items():
                 part = f"{where}, rows from {rows[0]}, columns from {between[0]}"
                 tally.compare(part, found[rows[0] : rows[1], between[0] : between[1]], product)
 

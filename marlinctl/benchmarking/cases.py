@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 from marlinctl.errors import UsageError
 
 if TYPE_CHECKING:
+    from marlinctl.quantize.scheme import Rounding
     from marlinctl.system.console import Console
 
 Kind = Literal["dense", "sparse"]
@@ -62,6 +63,16 @@ class LayerSet:
         return tuple(layer.shape for layer in self.layers)
 
 
+@dataclass(frozen=True, slots=True)
+class OfFolder:
+    """What a packed checkpoint says."""
+
+    linears: LayerSet
+    kind: Kind | None  # that its format fixes: marlin_24 is 2:4, marlin is dense
+    rounding: Rounding = "none"  # of activations, where config.json allows it
+    rounded: frozenset[Shape] = frozenset()  # of which at least one linear is allowed to
+
+
 _BLOCK = ("qkv", "o", "gate_up", "down")
 _APART = ("q", "k", "v", "o", "gate", "up", "down")
 SETS: dict[str, tuple[tuple[str, int, int], ...]] = {  # name, N, K
@@ -75,6 +86,11 @@ SETS: dict[str, tuple[tuple[str, int, int], ...]] = {  # name, N, K
     "falcon-180b": (("qkv_up", 75264, 14848), ("o_down", 14848, 74240)),
     "ideal": (("73728x18432", 73728, 18432), ("18432x73728", 18432, 73728)),
 }
+
+
+def operator_name(kind: Kind, rounding: Rounding = "none") -> str:
+    """In tables: int4 2:4, or int4, int8-128 of rounded activations."""
+    return OPERATORS[kind] if rounding == "none" else f"{OPERATORS[kind]}, {rounding}"
 
 
 def named_set(name: str, group_size: int) -> LayerSet:
@@ -91,8 +107,8 @@ def roofline_set(group_size: int) -> LayerSet:
     return LayerSet("roofline", tuple(Layer(f"{size}x{size}", checked(size, size, group_size)) for size in ROOFLINE_SIZES))
 
 
-def checkpoint_set(folder: Path, console: Console) -> tuple[LayerSet, Kind | None]:
-    """The packed linears of a folder, equal ones together, and the kind that its format fixes: marlin_24 is 2:4, marlin is dense.
+def checkpoint_set(folder: Path, console: Console) -> OfFolder:
+    """The packed linears of a folder, equal ones together.
 
     Sizes are rounded up to multiples of 64, as the tiles are. BadInput as open_checkpoint raises it; UsageError E202 where the folder has
     no packed linear that a kernel multiplies.
@@ -105,10 +121,14 @@ def checkpoint_set(folder: Path, console: Console) -> tuple[LayerSet, Kind | Non
         for note in examined.notes:
             console.warn(note)
         found: Counter[tuple[str, Shape]] = Counter()
+        rounding = info.rounding if info.format.rounds else {}
+        rounded = set[Shape]()
         for layer, group_size in info.layers.items():
             n, k = registry.layer_shape(checkpoint, info, layer)
             size = -1 if group_size == k else group_size
-            found[layer.rpartition(".")[2], Shape(_rounded(n), _rounded(k), size)] += 1
+            shape = Shape(_rounded(n), _rounded(k), size)
+            found[layer.rpartition(".")[2], shape] += 1
+            rounded |= {shape} if layer in rounding else set()
     layers = tuple(Layer(name, shape, count) for (name, shape), count in found.items() if _multiplied(shape))
     left_out = sum(found.values()) - sum(layer.count for layer in layers)
     if left_out:
@@ -121,7 +141,7 @@ def checkpoint_set(folder: Path, console: Console) -> tuple[LayerSet, Kind | Non
             fix="name a folder that `pack` wrote, or --layers",
         )
     kind: Kind | None = ("sparse" if info.format.needs_mask else "dense") if info.format.native else None
-    return LayerSet(folder.resolve().name, layers), kind
+    return OfFolder(LayerSet(folder.resolve().name, layers), kind, next(iter(rounding.values()), "none"), frozenset(rounded))
 
 
 def distinct(sets: Iterable[LayerSet]) -> tuple[Shape, ...]:

@@ -75,6 +75,7 @@ class Settings:
     every_configuration: bool
     replays: int
     command: str
+    rounding: str = "none"  # that the folder's config.json allows
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,8 +303,12 @@ def make_case(shape: Shape, m: int, samples: Mapping[str, tuple[Family, Sample]]
     return Case(n=shape.n, k=shape.k, m=m, group_size=shape.group_size, baseline=baseline, ideal=ideal, candidates=timed)
 
 
-def make_set(one: LayerSet, cases: Iterable[Case]) -> Set:
-    """Sums over the set, of every candidate that was measured for each of its shapes; the baseline is the sum of the baselines."""
+def make_set(one: LayerSet, cases: Iterable[Case], otherwise: Mapping[str, str] | None = None) -> Set:
+    """Sums over the set, of every candidate that was measured for each of its shapes; the baseline is the sum of the baselines.
+
+    otherwise: candidate -> the one that takes as long for shapes that it was not measured for.
+    """
+    instead = otherwise or {}
     by_place = {(case.shape, case.m): case for case in cases}
     layers = [
         SetLayer(name=layer.name, n=layer.shape.n, k=layer.shape.k, group_size=layer.shape.group_size, count=layer.count)
@@ -320,9 +325,9 @@ def make_set(one: LayerSet, cases: Iterable[Case]) -> Set:
         assert baseline is not None  # every case has its baseline
         sums.append(_sum("torch", "torch", m, baseline, baseline))
         for name in dict.fromkeys(timed.name for case, _ in there for timed in case.candidates if timed.family != "torch"):
-            times = _weighted([(case.named(name), count) for case, count in there])
+            times = _weighted([(case.named(name) or case.named(instead.get(name, name)), count) for case, count in there])
             if times is not None:
-                family = next(timed.family for timed in there[0][0].candidates if timed.name == name)
+                family = next(timed.family for case, _ in there for timed in case.candidates if timed.name == name)
                 sums.append(_sum(name, family, m, times, baseline))
         for kind in there[0][0].ideal:
             ideal.append(Ideal(kind=kind, m=m, speedup=sum(baseline) / sum(case.ideal[kind] * count for case, count in there)))

@@ -1,7 +1,9 @@
 """What is checked and timed of ours: the operators as a model calls them, and every configuration with every number of CTAs.
 
     int4, int4 2:4               torch.ops.marlinctl: it chooses kernel, configuration and CTAs itself
-    int4, overlap                the same, allowed to begin before the call before it has ended (since Hopper)
+    int4, int8-128               the same where activations may be rounded, as a folder's config.json says: for as many tokens as are then
+                                 multiplied in 8 bits (kernels/dispatch.json)
+    int4, overlap                the first, allowed to begin before the call before it has ended (since Hopper)
     dequantize, dequantize 2:4   a plain weight of the tiles, then torch.matmul: what the operators choose for many tokens
     m16n128k256x3/2              a configuration, with two CTAs on each multiprocessor; since Hopper with ", overlap"
     m16n128k256x3/2 even         the same, with another way of sharing output tiles (kernels/configurations.py)
@@ -20,16 +22,17 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from marlinctl.benchmarking.building import offered
-from marlinctl.benchmarking.cases import OPERATORS, Kind
+from marlinctl.benchmarking.cases import Kind, operator_name
 from marlinctl.benchmarking.cubins import kernel_folder, telling
 from marlinctl.benchmarking.documents import Kernel
 from marlinctl.benchmarking.weights import Packed
 from marlinctl.kernels.configurations import Grid, Sharing, group_shift
-from marlinctl.kernels.dispatch import DEQUANTIZE, Choice
+from marlinctl.kernels.dispatch import DEQUANTIZE, Choice, choose
 from marlinctl.kernels.launch import LoadedKernel, launch, load, load_unpack, unpack
 from marlinctl.pack.types import PackedSparseLinear
+from marlinctl.quantize.scheme import Rounding
 from marlinctl.system.console import Console
-from marlinctl.verify.kernels import multiply
+from marlinctl.verify.kernels import in_float64, multiply
 
 OVERLAP = ", overlap"
 LARGEST_TILE = 128  # tokens
@@ -45,13 +48,53 @@ class Operator:
 
     @property
     def name(self) -> str:
-        return OPERATORS[self.kind] + (OVERLAP if self.overlap else "")
+        return operator_name(self.kind) + (OVERLAP if self.overlap else "")
 
     def run(self, activations: Tensor, p: Packed, bias: Tensor | None, out: Tensor) -> Tensor:
         return multiply(activations, p, bias, overlap=self.overlap)
 
+    def rounded(self, activations: Tensor, n: int) -> Tensor | None:
+        return None
+
     def is_worth_timing(self, m: int, n: int, k: int) -> bool:
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedOperator:
+    """The same where activations may be rounded: timed where they are multiplied in 8 bits, which M decides."""
+
+    dtype: torch.dtype
+    rounding: Rounding
+    shapes: frozenset[tuple[int, int]]  # N, K of the linears for which it is allowed
+    architecture: str
+    overlap: bool = False
+    kind: Kind = "dense"
+
+    @property
+    def name(self) -> str:
+        return operator_name(self.kind, self.rounding) + (OVERLAP if self.overlap else "")
+
+    @property
+    def otherwise(self) -> str:
+        """What takes as long where activations stay at 16 bits."""
+        return Operator(self.kind, self.dtype, self.overlap).name
+
+    def run(self, activations: Tensor, p: Packed, bias: Tensor | None, out: Tensor) -> Tensor:
+        return multiply(activations, p, bias, overlap=self.overlap, rounding=self.rounding)
+
+    def rounded(self, activations: Tensor, n: int) -> Tensor | None:
+        """A CPU always rounds."""
+        if activations.is_cuda and not self._has_8_bits(activations.shape[0], n, activations.shape[1]):
+            return None
+        return in_float64(activations, self.rounding)
+
+    def is_worth_timing(self, m: int, n: int, k: int) -> bool:
+        return (n, k) in self.shapes and self._has_8_bits(m, n, k)
+
+    def _has_8_bits(self, m: int, n: int, k: int) -> bool:
+        choice = choose(self.architecture, False, m, n, k, self.rounding)
+        return choice is not None and choice.configuration.int8
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +114,9 @@ class Dequantized:
         function = load_unpack(len(weights) == 2, self.dtype, p.scales.device, kernel_folder(None))
         weight = unpack(function, weights, p.scales, self.dtype, n, -(-k // 8) * 8, group_shift(p.group_size, k))
         return linear(activations, weight[:, :k], bias)
+
+    def rounded(self, activations: Tensor, n: int) -> Tensor | None:
+        return None
 
     def is_worth_timing(self, m: int, n: int, k: int) -> bool:
         return True
@@ -101,6 +147,9 @@ class Configured:
         m, k = activations.shape
         launch(self.kernel, activations, p, bias, out, self.grid(m, p.out_features, k), overlap=self.overlap)
         return out
+
+    def rounded(self, activations: Tensor, n: int) -> Tensor | None:
+        return None
 
     def grid(self, m: int, n: int, k: int) -> Grid:
         return self.kernel.grid(m, n, k, self.per_multiprocessor, self.sharing)

@@ -1,6 +1,8 @@
 """`marlinctl bench --device cpu`: packed linears on a CPU, checked, then timed beside torch.
 
     int4, int4 2:4       MarlinLinear and SparseMarlinLinear in bfloat16, as a model calls them (kernels/cpu.py)
+    int4, int8-128       the first with activations that are rounded, where a folder's config.json allows it: as accurate as on a GPU, and
+                         slower than 16 bits
     torch int4           torch's own operator alone, with a weight that lies as it wants: what the module adds is the difference
     torch bfloat16       F.linear with the decoded weight: the baseline
 
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from marlinctl.benchmarking.cases import OPERATORS, Kind, Shape
+from marlinctl.benchmarking.cases import Kind, Shape, operator_name
 from marlinctl.benchmarking.table import as_text, text_table
 from marlinctl.benchmarking.weights import random_packed
 from marlinctl.errors import CheckFailed, Problem, number_of
@@ -30,7 +32,9 @@ from marlinctl.kernels.cpu import few_rows, for_cpu
 from marlinctl.kernels.linear import packed_module
 from marlinctl.kernels.ops import decode
 from marlinctl.pack.types import PackedSparseLinear
+from marlinctl.quantize.scheme import Rounding
 from marlinctl.system.console import Console
+from marlinctl.verify.kernels import in_float64
 
 DEFAULT_TOKENS = (1, 4, 8, 16, 64)
 DEFAULT_SHAPE = (4096, 4096)
@@ -44,16 +48,22 @@ ROWS_AT_ONCE = 1024  # of the weight in float64
 Call = Callable[[Tensor], Tensor]
 
 
-def run(shapes: Sequence[Shape], tokens: Sequence[int], kinds: Sequence[Kind], console: Console, *, only_check: bool) -> dict[str, Any]:
-    """The document. CheckFailed E113 where a product is further off than bfloat16 is; nothing is timed then."""
+def run(
+    shapes: Sequence[Shape], tokens: Sequence[int], kinds: Sequence[Kind], console: Console, *,
+    only_check: bool, rounding: Rounding = "none", rounded: frozenset[Shape] = frozenset(),
+) -> dict[str, Any]:  # fmt: skip
+    """The document. CheckFailed E113 where a product is further off than bfloat16 is; nothing is timed then.
+
+    rounding: of the activations of dense linears of the shapes `rounded`, beside 16-bit ones.
+    """
     load, cases, problems = _load(), [], []
     with torch.inference_mode(), console.progress("measure", len(shapes) * len(tokens)) as progress:
         for shape in shapes:
             generator = torch.Generator().manual_seed(shape.n * shape.k)
-            calls, weights = _candidates(shape, kinds, generator)
+            calls, weights = _candidates(shape, kinds, rounding if shape in rounded else "none", generator)
             for m in tokens:
                 x = torch.randn(m, shape.k, generator=generator).to(torch.bfloat16)
-                errors = {name: _error(calls[name](x), x, weight) for name, weight in weights.items()}
+                errors = {name: _error(calls[name](x), in_float64(x, kind), weight) for name, (weight, kind) in weights.items()}
                 for name, error in errors.items():
                     if not error < GATE:
                         what = f"{name} is off by {error:.1e} for {shape}, M={m}; at most {GATE:.0e} is right in bfloat16"
@@ -70,22 +80,28 @@ def run(shapes: Sequence[Shape], tokens: Sequence[int], kinds: Sequence[Kind], c
     return {"kind": "cpu", "cpu_version": 1, **_machine(), "load": {"before": load, "after": _load()}, "cases": cases}
 
 
-def _candidates(shape: Shape, kinds: Sequence[Kind], generator: torch.Generator) -> tuple[dict[str, Call], dict[str, Tensor]]:
-    """What is called with activations, each in copies; and the weight [N, K] float32 of those that are checked."""
+def _candidates(
+    shape: Shape, kinds: Sequence[Kind], rounding: Rounding, generator: torch.Generator
+) -> tuple[dict[str, Call], dict[str, tuple[Tensor, Rounding]]]:
+    """What is called with activations, each in copies; and of those that are checked the weight [N, K] float32, and what they round to."""
     packed = {kind: random_packed(kind, shape, generator) for kind in kinds}
-    weights = {OPERATORS[kind]: decode(p, torch.float32) for kind, p in packed.items()}
-    dense = next(iter(weights.values())).to(torch.bfloat16)
+    decoded = {kind: decode(p, torch.float32) for kind, p in packed.items()}
+    dense = next(iter(decoded.values())).to(torch.bfloat16)
     calls = {BASELINE: _rotated([partial(linear, weight=dense.clone()) for _ in range(_copies(dense))])}
+    weights: dict[str, tuple[Tensor, Rounding]] = {}
     for kind, p in packed.items():
         weight, scales = for_cpu(p)
         copies = _copies(weight)
         if not isinstance(p, PackedSparseLinear):
             group = shape.k // len(scales)
             calls[OPERATOR] = _rotated([partial(_operator, weight.clone(), group, scales.clone()) for _ in range(copies)])
-        modules = [packed_module(p) for _ in range(copies)]
-        for module in modules:
-            module.prepare()
-        calls[OPERATORS[kind]] = _rotated(modules)
+        ways: tuple[Rounding, ...] = ("none",) if kind == "sparse" or rounding == "none" else ("none", rounding)
+        for way in ways:
+            modules = [packed_module(p, rounding=way) for _ in range(copies)]
+            for module in modules:
+                module.prepare()
+            name = operator_name(kind, way)
+            calls[name], weights[name] = _rotated(modules), (decoded[kind], way)
     return calls, weights
 
 

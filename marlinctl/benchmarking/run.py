@@ -38,11 +38,12 @@ from marlinctl.benchmarking.documents import (
     make_drift,
     make_set,
 )
-from marlinctl.benchmarking.implementations import Dequantized, Operator, configured, fewest, overlaps
+from marlinctl.benchmarking.implementations import Dequantized, Operator, RoundedOperator, configured, fewest, overlaps
 from marlinctl.benchmarking.timing import REPLAYS, Candidate, Clock, copies_for, take_turns
 from marlinctl.benchmarking.weights import Packed, packed_bytes, random_packed
 from marlinctl.errors import UsageError, number_of
 from marlinctl.kernels import jit
+from marlinctl.quantize.scheme import Rounding
 from marlinctl.system.console import gibibytes
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ class Asked:
     dtype: torch.dtype
     group_size: int
     kinds: tuple[Kind, ...]
+    rounding: Rounding = "none"  # of activations, that a folder allows
+    rounded: frozenset[Shape] = frozenset()  # for these linears
     every: bool = False
     only_check: bool = False
     with_peers: bool = True
@@ -114,6 +117,8 @@ def run(asked: Asked, gpu: Device, console: Console) -> Document:
         clocks = gpu.clocks()
         ways = (False, True) if overlaps(gpu.architecture) else (False,)
         ours: list[accuracy.Implementation] = [Operator(kind, asked.dtype, way) for kind in asked.kinds for way in ways]
+        rounding = _rounding(asked, gpu, ways)
+        ours += rounding
         checked = list(ours)
         kernels: list[Kernel] = []
         if asked.every:
@@ -122,6 +127,9 @@ def run(asked: Asked, gpu: Device, console: Console) -> Document:
             ours += [*plain, *every]
             checked += [*plain, *fewest(every)]
         work = _work(asked, gpu, console)
+        if rounding and not any(rounding[0].is_worth_timing(m, shape.n, shape.k) for shape, tokens in work for m in tokens):
+            what = f"config.json allows {asked.rounding} activations, and {gpu.name} multiplies none of these products in 8 bits"
+            console.say(f"{what}: 16 bits are faster, or all that there is")
         console.say(f"accuracy: {number_of(len(checked), 'kernel')}, {number_of(len(work), 'linear')}, against float64")
         with telling(kernel_folder(None), f"the operators on {gpu.name}"):  # they compile what they choose
             found, problems = accuracy.check(checked, work, gpu.device, thorough=True)
@@ -147,10 +155,18 @@ def run(asked: Asked, gpu: Device, console: Console) -> Document:
             accuracy=found,
             peers=list(bench.notes.values()),
             cases=cases,
-            sets=[made for one in asked.sets if (made := make_set(one, cases)).sums],
+            sets=[made for one in asked.sets if (made := make_set(one, cases, {one.name: one.otherwise for one in rounding})).sums],
             drift=drift,
             fixed_costs=fixed_costs(cases),
         )
+
+
+def _rounding(asked: Asked, gpu: Device, ways: Sequence[bool]) -> list[RoundedOperator]:
+    """The operator with rounded activations, where a folder allows them; in these ways of overlapping."""
+    if asked.rounding == "none" or "dense" not in asked.kinds:
+        return []
+    shapes = frozenset((shape.n, shape.k) for shape in asked.rounded)
+    return [RoundedOperator(asked.dtype, asked.rounding, shapes, gpu.architecture, way) for way in ways]
 
 
 def _work(asked: Asked, gpu: Device, console: Console) -> list[tuple[Shape, list[int]]]:
@@ -322,4 +338,5 @@ def _settings(asked: Asked) -> Settings:
         every_configuration=asked.every,
         replays=asked.replays,
         command=asked.command,
+        rounding=asked.rounding,
     )

@@ -211,7 +211,8 @@ def require_folder(folder: Path) -> None:
 def open_checkpoint(folder: Path, *, weight_files: str = MODEL_FILES, device: torch.device | None = None) -> Checkpoint:
     """Look at everything, read no weight. BadInput lists all problems.
 
-    weight_files: a stem of formats/base.py or "auto". device: where `read` puts tensors.
+    weight_files: a stem of formats/base.py or "auto". Where the model's own are asked for and config.json belongs to packed weights, native
+    ones are read: whoever needs 16-bit weights then says so, and nothing is said to be missing. device: where `read` puts tensors.
     """
     folder = Path(folder)
     require_folder(folder)
@@ -223,6 +224,8 @@ def open_checkpoint(folder: Path, *, weight_files: str = MODEL_FILES, device: to
         config = read_config(folder)
     except BadInput as error:
         problems += error.problems
+    if weight_files == MODEL_FILES and config.get("quantization_config") and not _present(folder, MODEL_FILES):
+        weight_files = "auto"
     shards, weight_map = _find_shards(folder, weight_files, problems, notes)
     tensors = _read_shards(folder, shards, problems)
     if weight_map is not None and not problems:
@@ -294,7 +297,7 @@ def _find_shards(folder: Path, weight_files: str, problems: list[Problem], notes
     stem = stems[0]
     index, single = f"{stem}.safetensors.index.json", f"{stem}.safetensors"
     if not found[stem]:
-        problems.append(_no_weights(folder, index))
+        problems.append(_no_weights(folder, stem, next((names[0] for names in found.values() if names), None)))
         return [], None
     if index not in found[stem]:
         _note_strangers(folder, {single}, f"{index}, which would name them, is missing", notes)
@@ -320,11 +323,16 @@ def _present(folder: Path, stem: str) -> list[str]:
     return [name for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors") if exists(folder, name)]
 
 
-def _no_weights(folder: Path, index: str) -> Problem:
+def _no_weights(folder: Path, stem: str, other: str | None) -> Problem:
+    """other: a file of another stem that is there."""
+    if other is not None:
+        what = f"the weights are called {other}, and config.json belongs to weights called {stem}"
+        return Problem(what, str(folder), "config.json is another model's; fetch the checkpoint again")
     names = sorted(path.name for path in folder.iterdir())
     pickles = [name for name in names if name.endswith(_PICKLES)]
     shards = [name for name in names if name.endswith(".safetensors")]
     if shards:
+        index = f"{next((known for known in STEMS if shards[0].startswith(f'{known}-')), stem)}.safetensors.index.json"
         return Problem(f"there are weights ({shown(shards[0])}, ...) but no {index}", str(folder), "download the index file too")
     if pickles:
         return Problem(f"the weights are pickles ({shown(', '.join(pickles))})", str(folder), _CONVERT.replace("FOLDER", str(folder)))

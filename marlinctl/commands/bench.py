@@ -67,7 +67,8 @@ def command(console: Console, **given: Any) -> None:
         marlinctl bench --from bench-8b/bench.json --out pictures
 
     Products are first compared with float64; a wrong one ends the run with exit code 1. Then each linear is timed in a CUDA graph, with
-    weights not in cache, beside torch.matmul. FOLDER is a packed checkpoint whose linears are measured. Exit code 4: there is no GPU.
+    weights not in cache, beside torch.matmul. FOLDER is a packed checkpoint whose linears are measured, with int8 activations too
+    where its config.json allows them and this GPU is faster with them. Exit code 4: there is no GPU.
 
     --device cpu measures the modules on this CPU in bfloat16, beside torch's own int4 operator: 4096x4096 unless --shape says other.
 
@@ -185,10 +186,10 @@ def _measure(console: Console, given: dict[str, Any]) -> None:
     gpu = open_gpu(given["device"])
     table = tuning.read_own_table() if given["tune"] else None
     _take(given["out"], "bench")
-    if given["folder"] is not None:
-        own, fixed = cases.checkpoint_set(given["folder"], console)
-        sets.append(own)
-        kind = kind or fixed
+    own = None if given["folder"] is None else cases.checkpoint_set(given["folder"], console)
+    if own is not None:
+        sets.append(own.linears)
+        kind = kind or own.kind
     names, default_tokens = (tuning.SETS, tuning.TOKENS) if given["tune"] else (("llama3-8b",), cases.DEFAULT_TOKENS)
     asked = Asked(
         sets=tuple(sets) or tuple(cases.named_set(name, size) for name in names),
@@ -196,6 +197,8 @@ def _measure(console: Console, given: dict[str, Any]) -> None:
         dtype=getattr(torch, given["dtype"]),
         group_size=size,
         kinds=cases.KINDS if kind is None else (kind,),
+        rounding="none" if own is None else own.rounding,
+        rounded=frozenset() if own is None else own.rounded,
         every=given["configurations"] or given["tune"],
         only_check=given["only_check"],
         with_peers=given["peers"],
@@ -220,13 +223,14 @@ def _measure_cpu(console: Console, given: dict[str, Any]) -> None:
         sets.append(cases.shapes_set(given["shape"], size))
     _take(given["out"], "cpu")
     kind: cases.Kind | None = given["kind"]
+    rounding: dict[str, Any] = {}
     if given["folder"] is not None:
-        own, fixed = cases.checkpoint_set(given["folder"], console)
-        sets.append(own)
-        kind = kind or fixed
+        own = cases.checkpoint_set(given["folder"], console)
+        sets.append(own.linears)
+        kind, rounding = kind or own.kind, {"rounding": own.rounding, "rounded": own.rounded}
     shapes = cases.distinct(sets) or (cases.checked(*processor.DEFAULT_SHAPE, size),)
     kinds = cases.KINDS if kind is None else (kind,)
-    document = processor.run(shapes, tokens, kinds, console, only_check=given["only_check"])
+    document = processor.run(shapes, tokens, kinds, console, only_check=given["only_check"], **rounding)
     if given["out"] is not None:
         write_bytes(given["out"] / "cpu.json", (json.dumps(document, indent=1) + "\n").encode())
     console.result(processor.table(document), document)

@@ -34,7 +34,8 @@ def command(
 
     Compares every file with the manifest and every tensor with what the model needs, packs the codes again and compares bytes, compares 2:4
     masks with the weights, and loads the model with transformers to compare its logits with those of the dequantized weights. Packed layers
-    are run by the CUDA kernel, or by an emulator of it without a GPU (a sample of each linear). --source compares each linear with the
+    are run by the CUDA kernel, or by an emulator of it without a GPU (a sample of each linear), with int8 activations too where config.json
+    allows them. --source compares each linear with the
     original (of a 2:4 linear, its kept weights) and fails where the difference is implausible. Exit code 1: a check failed.
     """
     from marlinctl.verify.run import verify
@@ -55,6 +56,9 @@ def command(
     if checked.kernels is not None:
         read = f"{checked.kernels.blocks} of {checked.kernels.of_blocks} blocks of 64 outputs"
         lines.append(f"  tiles read by the {checked.kernels.by}, {read}: the same products, relative error {checked.kernels.error:.1e}")
+        if checked.kernels.rounded:
+            count = number_of(checked.kernels.rounded, "linear")
+            lines.append(f"  int8 activations in {count} by the {checked.kernels.rounded_by}: the products of what is rounded")
     if checked.logit_error is not None:
         lines.append(f"  logits of transformers against the dequantized weights: relative error {checked.logit_error:.1e}")
     if checked.source is not None:

@@ -129,15 +129,28 @@ def _rounded_table(architecture: str, sparse: bool, rounding: Rounding, factored
 
 def choices(architecture: str, sparse: bool, n: int, k: int, rounding: Rounding = "none", factored: bool = False) -> set[Choice | None]:
     """Everything that `choose` may answer for a weight [N, K], whatever M is: what has to be compiled before a server may begin."""
+    starts = _starts(architecture, sparse, rounding, factored)
+    return {choose(architecture, sparse, m, n, k, rounding, factored) for m in starts}
+
+
+def fewest_rounded(architecture: str, n: int, k: int, rounding: Rounding, factored: bool = False) -> int | None:
+    """The fewest rows whose activations are multiplied in 8 bits, where that is allowed, by a dense weight [N, K]; None: no number is."""
+    for m in sorted(_starts(architecture, False, rounding, factored)):
+        choice = choose(architecture, False, m, n, k, rounding, factored)
+        if choice is not None and choice.configuration.int8:
+            return m
+    return None
+
+
+def _starts(architecture: str, sparse: bool, rounding: Rounding, factored: bool) -> set[int]:
+    """Every M from which on `choose` may answer something else: behind a row's M and behind its tile, and where dequantizing begins."""
     kind = KINDS[sparse]
     used = [tables().get((architecture, kind)) or reasoned(architecture, kind)]
     if (rounded := _rounded_table(architecture, sparse, rounding, factored)) is not None:
         used.append(rounded)
-    # An answer changes behind a row's M and behind its tile, and where dequantizing begins.
     after = {1 + row.m for table in used for row in table.rows}
     after |= {1 + row.choice.configuration.tokens for table in used for row in table.rows if row.choice is not None}
-    starts = {table.dequantize_from for table in used if table.dequantize_from is not None}
-    return {choose(architecture, sparse, m, n, k, rounding, factored) for m in {1, *after, *starts}}
+    return {1, *after, *(table.dequantize_from for table in used if table.dequantize_from is not None)}
 
 
 @lru_cache(maxsize=1)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from marlinctl.errors import Problem, UsageError
-from marlinctl.quantize.scheme import INT8, Scheme
+from marlinctl.quantize.scheme import ACTIVATION_GROUP, INT8, Scheme
 from marlinctl.recipes import renamed
 from marlinctl.recipes.foreign_formats import instead_of
 from marlinctl.recipes.yaml_positions import Place, read_yaml
@@ -218,7 +218,7 @@ def _deprecated(text: str) -> None:
 
 
 def load_recipe(name_or_path: str | Path, *, deprecated: Callable[[str], None] = _deprecated) -> Recipe:
-    """A built-in recipe by name, or a file. Anything wrong with it is a UsageError that lists every problem.
+    """A built-in recipe by name, or a file. Anything wrong with it is a UsageError that lists every problem, E288 for keys without effect.
 
     deprecated: is given one line for each key or value with a former name.
     """
@@ -252,7 +252,8 @@ def resolve(recipe: Recipe, overrides: Mapping[str, Any], *, deprecated: Callabl
         if values[section].get(field) != value:
             changes.append(f"{flag} {_spoken(value)} instead of {_spoken(values[section].get(field))} (recipe {recipe.name})")
         values[section][field] = value
-    return _validate(_Layer(values, places, Place(f"recipe {recipe.name}")), error_id="E202"), changes
+    _drop_activation_group(values, given)
+    return _validate(_Layer(values, places, Place(f"recipe {recipe.name}")), error_id="E202", given=places), changes
 
 
 def _spoken(value: Any) -> str:
@@ -342,7 +343,16 @@ def _with_parents(found: _Found, children: tuple[str, ...], deprecated: Callable
     if base_file.identity in chain:
         raise UsageError("E206", "recipes extend each other in a circle", where=where, fix=f"end the chain at {DEFAULT}")
     base = _with_parents(base_file, chain, deprecated)
-    return _Layer(_merge(base.values, own), {**base.places, **places}, origin)
+    merged = _merge(base.values, own)
+    _drop_activation_group(merged, own)
+    return _Layer(merged, {**base.places, **places}, origin)
+
+
+def _drop_activation_group(values: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Whoever turns the rounding of another recipe off means its groups too."""
+    said = own.get("quantize")
+    if isinstance(said, Mapping) and said.get("activations") == "16-bit" and "activation_group" not in said:
+        values["quantize"]["activation_group"] = ACTIVATION_GROUP
 
 
 def _merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -356,14 +366,52 @@ def _merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 # Checking
 
 
-def _validate(layer: _Layer, error_id: str = "E206") -> Recipe:
+def _validate(layer: _Layer, error_id: str = "E206", given: Collection[tuple[str, ...]] = ()) -> Recipe:
+    """given: the keys that flags set."""
     try:
-        return Recipe.model_validate(layer.values)
+        recipe = Recipe.model_validate(layer.values)
     except ValidationError as error:
         found = error.errors(include_url=False)
+    else:
+        if useless := list(_idle(recipe, layer, given)):
+            raise UsageError.from_problems("E288", useless)
+        return recipe
     unknown = [item for item in found if item["type"] == "extra_forbidden"]
     problems = [_problem(item, layer) for item in [*unknown, *(item for item in found if item not in unknown)]]
     raise UsageError.from_problems(error_id, problems)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """When a key changes nothing beside the others. Whoever gives it would believe in what is not done."""
+
+    idle: Callable[[Recipe], bool]
+    why: str
+    needed: str  # the flag that gives the key a meaning
+    default: object = None  # a file may say it all the same, as `to_yaml` writes all keys; None: files are not asked
+
+
+_RULES: Mapping[tuple[str, str], _Rule] = {
+    ("quantize", "activation_group"): _Rule(
+        lambda recipe: recipe.scheme.rounding == "none",
+        "activations stay at 16 bits, so no inputs share a scale",
+        "--activations int8",
+        ACTIVATION_GROUP,
+    ),
+    ("distill", "mask_interval"): _Rule(lambda recipe: recipe.distill.mask == "fixed", "the mask is fixed", "--mask renewed"),
+    ("distill", "mask_decay"): _Rule(lambda recipe: recipe.distill.mask == "fixed", "the mask is fixed", "--mask renewed"),
+    ("distill", "temperature"): _Rule(lambda recipe: recipe.distill.kl == 0, "the divergence has weight 0", "--kl 1"),
+}
+
+
+def _idle(recipe: Recipe, layer: _Layer, given: Collection[tuple[str, ...]]) -> Iterator[Problem]:
+    """given: the keys that flags set, with whatever value."""
+    for key, rule in _RULES.items():
+        section, name = key
+        said = key in given or (rule.default is not None and getattr(getattr(recipe, section), name) != rule.default)
+        if said and rule.idle(recipe):
+            what = f"{section}.{name} has no effect: {rule.why}"
+            yield Problem(what, str(_place(key, layer)), f"{rule.needed} as well, or leave it out")
 
 
 def _problem(item: Any, layer: _Layer) -> Problem:

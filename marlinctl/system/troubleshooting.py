@@ -281,8 +281,9 @@ CATALOG = (
         "Options or settings that do not go together",
         """
         The line names them and says what to change. Examples: `pack --check` takes no OUT; SquareHead needs hidden states, which
-        `--cache-logits` does not keep; a 4-bit student needs `--mode scales`; `--mask renewed` needs `--mode full`; `--from-block` counts
-        decoder blocks from 0, which `distill` and `pack` do not have. Of `accelerate launch`,
+        `--cache-logits` does not keep; a 4-bit student needs `--mode scales`; `--mask renewed` needs `--mode full`; `--activation-group`
+        has no effect without `--activations int8`, nor `--mask-interval` without `--mask renewed`; `--from-block` counts decoder blocks
+        from 0, which `distill` and `pack` do not have. Of `accelerate launch`,
         [distill](distill.md#several-gpus-several-machines) supports FSDP2 without offloading; each other setting is listed.
         """,
         ("E231", "E232", "E281", "E289", "E291", "E296"),
@@ -352,8 +353,8 @@ CATALOG = (
         "E313",
         "The model's format does not fit the command",
         """
-        - `quantize` needs 16-bit weights. To change the format of a quantized model, use `marlinctl pack`.
-        - `pack` and `verify --source` need a quantized model.
+        - `quantize`, and `distill` for its teacher, need 16-bit weights. To change the format of a quantized model, use `marlinctl pack`.
+        - `pack` and `verify --source` need a quantized model; what follows `--source` is the 16-bit model that it was made from.
         - `distill` trains dense and ct students; convert others with `marlinctl pack STUDENT OUT --format ct`.
         - `bench --model` needs tiles: `marlinctl pack FOLDER OUT --format marlin`.
         - Packed linears compute in float16 or bfloat16: `from_pretrained(folder, dtype=torch.bfloat16)`. `marlinctl.api.load` dequantizes

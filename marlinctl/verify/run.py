@@ -7,7 +7,8 @@
                   padding is zero), and a second, independent reading of the bytes gives the same weights
                   masks 2:4, of linears that exist, and what they say was pruned is zero                       CheckFailed E105, E106
     4 kernels     the tiles of native formats, multiplied by the CUDA kernel or, without a GPU, read    CheckFailed E113
-                  lane by lane as it reads them, give the product of the same weights: marlinctl/verify/kernels.py
+                  lane by lane as it reads them, give the product of the same weights, and with int8
+                  activations where the folder allows them: marlinctl/verify/kernels.py
     5 load        transformers and compressed-tensors load the folder on the CPU; each weight that     CheckFailed E108
                   they hold is the dequantized one, and so are the logits
     6 source      with --source: marlinctl/verify/source.py                                                 CheckFailed E107
@@ -113,6 +114,8 @@ def verify(
             console.detail(
                 f"kernels: tiles read by the {read.by}, {read.blocks} of {read.of_blocks} blocks; error {read.error:.1e}, rounding alone"
             )
+            if read.rounded:
+                console.detail(f"kernels: {number_of(read.rounded, 'linear')} with int8 activations by the {read.rounded_by}")
             if read.unread:
                 skipped.append(
                     f"{number_of(len(read.unread), 'linear has', 'linears have')} groups that no kernel multiplies, {read.unread[0]} first"
@@ -468,6 +471,9 @@ def _opened(source: Path | None, checkpoint: Checkpoint, info: FormatInfo, conso
     with open_folder(source, weight_files="model") as original:
         for note in original.notes:
             console.warn(f"source: {note}")
+        if original.info.format.quantized:
+            what = f"the source is quantized itself ({original.info.name})"
+            raise BadInput("E313", what, where=str(source), fix="name the 16-bit model that this checkpoint was made from")
         yield _as_of(checkpoint, original.checkpoint)
 
 

@@ -10,7 +10,7 @@ from marlinctl.benchmarking import cases
 from marlinctl.commands.bench import SET_NAMES
 from marlinctl.errors import UsageError
 from marlinctl.system.console import Console
-from tests.packed import make_packed
+from tests.packed import edit_json, make_packed, remake_manifest
 from tests.tiny import make_tiny
 
 
@@ -67,12 +67,26 @@ def test_the_linears_of_a_folder(tmp_path: Path, fmt: str, kind: str | None) -> 
     """If this failed, `bench FOLDER` would measure other shapes than the model has, or the wrong kernel."""
     make_tiny(tmp_path / "model")
     codes = make_packed(tmp_path / "model", tmp_path / "packed", fmt, group_size=32)
-    one, fixed = cases.checkpoint_set(tmp_path / "packed", Console.quiet())
-    assert fixed == kind
+    found = cases.checkpoint_set(tmp_path / "packed", Console.quiet())
+    one = found.linears
+    assert (found.kind, found.rounding, found.rounded) == (kind, "none", frozenset())
     assert sum(layer.count for layer in one.layers) == len(codes)
     weights = {(layer.name, layer.shape.n, layer.shape.k) for layer in one.layers}
     expected = {(name.rpartition(".")[2], -(-q.codes.shape[0] // 64) * 64, -(-q.codes.shape[1] // 64) * 64) for name, q in codes.items()}
     assert weights == expected
+
+
+@pytest.mark.parametrize("group", [128, -1])
+def test_the_rounding_of_a_folder(tmp_path: Path, group: int) -> None:
+    """If this failed, `bench FOLDER` would time 8-bit activations that no program may use, or none where they are allowed."""
+    make_tiny(tmp_path / "model")
+    exact = [name for name in make_packed(tmp_path / "model", tmp_path / "packed", "marlin", group_size=32) if "down_proj" in name]
+    said = {"format_version": 2, "activations": "int8", "activation_group": group, "sixteen_bit_activations": exact}
+    edit_json(tmp_path / "packed" / "config.json", lambda config: config["quantization_config"].update(said))
+    remake_manifest(tmp_path / "packed")
+    found = cases.checkpoint_set(tmp_path / "packed", Console.quiet())
+    assert found.rounding == ("int8" if group == -1 else "int8-128")
+    assert found.rounded == {layer.shape for layer in found.linears.layers if layer.name != "down_proj"}
 
 
 def test_a_folder_without_a_packed_linear_is_refused(tmp_path: Path) -> None:

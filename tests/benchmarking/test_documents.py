@@ -72,6 +72,20 @@ def test_a_sum_leaves_out_who_was_not_measured_everywhere() -> None:
     assert {row.m for row in one.sums if row.family == "peer"} == {row.m for row in one.sums} - {first.m}
 
 
+def test_a_sum_with_rounded_activations_has_16_bits_where_they_are_as_fast() -> None:
+    """If this failed, a block of which one linear alone is multiplied in 8 bits would have no sum, or another one than a model takes."""
+    small, large = Shape(64, 64, -1), Shape(128, 64, -1)
+    plain = {"torch [N, K]": ("torch", flat(30.0)), "int4": ("dense", flat(10.0))}
+    cases = [
+        make_case(small, 300, plain, CEILINGS, ["dense"]),  # type: ignore[arg-type]
+        make_case(large, 300, {**plain, "int4, int8": ("dense", flat(6.0))}, CEILINGS, ["dense"]),  # type: ignore[dict-item]
+    ]
+    one = make_set(LayerSet("model", (Layer("a", small, 2), Layer("b", large))), cases, {"int4, int8": "int4"})
+    assert {row.name: row.us for row in one.sums} == pytest.approx({"torch": 90.0, "int4": 30.0, "int4, int8": 26.0})
+    assert next(row.family for row in one.sums if row.name == "int4, int8") == "dense"
+    assert "int4, int8" not in {row.name for row in make_set(LayerSet("model", (Layer("a", small, 2), Layer("b", large))), cases).sums}
+
+
 def test_the_fixed_cost_is_where_the_line_meets_nothing_to_read() -> None:
     """If this failed, the target of 5.5 us a call could not be judged. 4 us and 2 TB/s by construction, whatever the size."""
     cases = [

@@ -12,13 +12,14 @@ from marlinctl.benchmarking import accuracy, tuning
 from marlinctl.benchmarking import run as bench
 from marlinctl.benchmarking.accuracy import Implementation
 from marlinctl.benchmarking.building import offered
-from marlinctl.benchmarking.cases import KINDS, Kind, shapes_set
+from marlinctl.benchmarking.cases import KINDS, Kind, Shape, shapes_set
 from marlinctl.benchmarking.gpu import Gpu, open_gpu
-from marlinctl.benchmarking.implementations import OVERLAP, Dequantized, Operator, configured, overlaps
+from marlinctl.benchmarking.implementations import OVERLAP, Dequantized, Operator, RoundedOperator, configured, overlaps
 from marlinctl.benchmarking.run import Asked, run
 from marlinctl.benchmarking.timing import Candidate, take_turns
 from marlinctl.errors import CheckFailed, EnvironmentProblem
 from marlinctl.kernels import dispatch, jit, ops
+from marlinctl.quantize.scheme import Rounding
 from marlinctl.system.console import Console
 from marlinctl.verify import kernels as kernel_check
 from tests.benchmarking.software import Pretended
@@ -90,6 +91,19 @@ def test_operators_and_every_configuration_are_right(gpu: Gpu, kind: Kind, dtype
     assert found.checks == len(everything) * (len(accuracy.ODD_SHAPES) * len(accuracy.ODD_TOKENS) * 2 + 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rounding", ["int8", "int8-128"])
+def test_the_operator_with_rounded_activations_is_right(gpu: Gpu, rounding: Rounding, dtype: torch.dtype) -> None:
+    """If this failed, a folder for int8 activations would be served with other products than were measured."""
+    shape = Shape(28672, 4096, 128)
+    one = RoundedOperator(dtype, rounding, frozenset({(shape.n, shape.k)}), gpu.architecture, overlaps(gpu.architecture))
+    tokens = [m for m in (16, 32, 256) if one.is_worth_timing(m, shape.n, shape.k)]
+    assert bool(tokens) == (gpu.architecture == "sm_90a")
+    with gpu.current():
+        _, problems = accuracy.check([one], [(shape, tokens)], gpu.device, thorough=True)
+    assert [problem.what for problem in problems] == []
+
+
 def test_a_wrong_product_ends_the_run(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, a kernel that is wrong on this GPU would have a speed-up."""
     monkeypatch.setattr(bench, "Operator", lambda kind, dtype, overlap: Pretended(kind, dtype, wrong=lambda product: product * 1.01))
@@ -123,10 +137,13 @@ def test_a_run_and_the_table_that_it_tunes(gpu: Gpu, tmp_path: Path) -> None:
 
 def test_tiles_are_read_by_the_kernel(gpu: Gpu) -> None:
     """If this failed, `verify` would fall back to the emulator on a machine that could do better."""
-    kernel = kernel_check.cuda_kernel(Console())
+    kernel = kernel_check.cuda_kernel(Console(), rounds=True)
     assert kernel is not None and gpu.name in kernel.name
     for kind in KINDS:
         for n, k, size in ((1100, 256, 64), (80, 4096, 128), (64, 160, 32)):
             packed = accuracy.through_the_packer(kind, n, k, size, seed=n, device=torch.device("cpu"))
             reading = kernel_check.compared(kernel, packed, accuracy.decoded(packed))
             assert reading.error <= reading.allowed / 2
+            if kind == "dense" and kernel.rows_rounded(n, k, "int8-128", False) is not None:
+                reading = kernel_check.compared(kernel, packed, accuracy.decoded(packed), "int8-128")
+                assert reading.error <= reading.allowed / 2

@@ -12,7 +12,10 @@ from marlinctl.benchmarking import processor
 from marlinctl.benchmarking.cases import KINDS, Shape
 from marlinctl.cli import main
 from marlinctl.errors import CheckFailed
+from marlinctl.quantize.scheme import Rounding
 from marlinctl.system.console import Console
+from tests.packed import edit_json, make_packed, remake_manifest
+from tests.tiny import make_tiny
 
 SHAPES = (Shape(128, 192, 64), Shape(64, 128, -1))
 
@@ -36,12 +39,39 @@ def test_every_case_is_checked_and_timed() -> None:
     assert json.loads(json.dumps(document)) == document
 
 
+@pytest.mark.parametrize("rounding", ["int8", "int8-128"])
+def test_rounded_activations_stand_beside_16_bit_ones(rounding: Rounding) -> None:
+    """If this failed, a CPU would be said to compute what it does not, or rounding would be taken for an error of the module."""
+    document = processor.run(SHAPES, (3,), KINDS, Console.quiet(), only_check=False, rounding=rounding, rounded=frozenset(SHAPES[:1]))
+    with_it, without = ([one["name"] for one in case["timed"]] for case in document["cases"])
+    assert with_it == ["torch bfloat16", "torch int4", "int4", f"int4, {rounding}", "int4 2:4"]
+    assert without == ["torch bfloat16", "torch int4", "int4", "int4 2:4"]
+    assert 0 < document["cases"][0]["errors"][f"int4, {rounding}"] < processor.GATE
+
+
+def test_a_folder_is_measured_as_its_config_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """If this failed, `bench FOLDER` would not know the rounding that config.json allows."""
+    make_tiny(tmp_path / "model")
+    make_packed(tmp_path / "model", tmp_path / "packed", "marlin", group_size=32)
+    arguments = ["bench", str(tmp_path / "packed"), "--device", "cpu", "--tokens", "2", "--check", "--json"]
+
+    def measured() -> set[str]:
+        assert main(arguments) == 0
+        return {name for case in json.loads(capsys.readouterr().out)["cases"] for name in case["errors"]}
+
+    assert measured() == {"int4"}
+    more = {"format_version": 2, "activations": "int8", "activation_group": 128}
+    edit_json(tmp_path / "packed" / "config.json", lambda config: config["quantization_config"].update(more))
+    remake_manifest(tmp_path / "packed")
+    assert measured() == {"int4", "int4, int8-128"}
+
+
 def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, the speed of a wrong answer would be reported."""
     real = processor.packed_module
 
-    def broken(p: object) -> object:
-        module = real(p)  # type: ignore[arg-type]
+    def broken(p: object, rounding: Rounding) -> object:
+        module = real(p, rounding=rounding)  # type: ignore[arg-type]
         module.prepare()
         assert module.cpu_weight is not None
         module.cpu_weight ^= 0xFF  # a byte of it is within the tolerance in some processors' layouts

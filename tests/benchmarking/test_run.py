@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from marlinctl import cli
-from marlinctl.benchmarking import accuracy, peers, tuning
+from marlinctl.benchmarking import accuracy, implementations, peers, tuning
 from marlinctl.benchmarking import run as bench
 from marlinctl.benchmarking.cases import KINDS, Layer, LayerSet, Shape, shapes_set
 from marlinctl.benchmarking.documents import read_document, write_document
@@ -22,6 +22,7 @@ from marlinctl.errors import BadInput, CheckFailed, EnvironmentProblem, UsageErr
 from marlinctl.kernels import dispatch
 from marlinctl.kernels.configurations import DENSE, SPARSE
 from marlinctl.kernels.jit import CompilerMissing
+from marlinctl.quantize.scheme import Rounding
 from marlinctl.system.console import Console
 from tests.benchmarking.figures import made_up
 from tests.benchmarking.software import Pretended, SoftwareGpu
@@ -73,6 +74,49 @@ def test_a_run_measures_every_linear_times_every_m(tmp_path: Path) -> None:
     assert document.accuracy.checks > 0 and {worst.name for worst in document.accuracy.worst} == names - {"torch [N, K]", "torch [K, N]"}
     write_document(document, tmp_path / "bench.json")
     assert read_document(tmp_path / "bench.json") == document
+
+
+@pytest.mark.usefixtures("small")
+def test_rounded_activations_stand_beside_16_bit_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, `bench` of a folder for int8 activations would not show the products that its model makes, or others."""
+    rounding: Rounding = "int8-128"
+    eight_bits = dispatch.choose("sm_90a", False, 32, 28672, 4096, "int8")
+    assert eight_bits is not None and eight_bits.configuration.int8
+    monkeypatch.setattr(implementations, "choose", lambda architecture, sparse, m, n, k, rounds: eight_bits if m >= 4 else None)
+    allowed = frozenset({Shape(128, 64, 32)})
+    document = run(asked(rounding=rounding, rounded=allowed), SoftwareGpu(), Console.quiet())
+    names = {f"int4, {rounding}", f"int4, {rounding}, overlap"}
+    for case in document.cases:
+        timed = {one.name for one in case.candidates} & names
+        assert timed == (names if case.m == 4 and case.shape in allowed else set())
+    sums = {row.name: row.us for row in document.sets[0].sums if row.m == 4}
+    large, small = (next(case for case in document.cases if (case.m, case.n) == (4, n)) for n in (128, 64))
+    times = large.named(f"int4, {rounding}"), small.named("int4")
+    assert times[0] is not None and times[1] is not None
+    assert sums[f"int4, {rounding}"] == pytest.approx(times[0].us + 2 * times[1].us)
+    worst = {one.name: one for one in document.accuracy.worst}
+    assert all(worst[name].checks > 0 and worst[name].relative < worst[name].gate / 2 for name in names)
+    assert document.settings.rounding == rounding
+
+
+@pytest.mark.usefixtures("small")
+def test_rounding_in_another_way_is_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, a kernel that takes one scale for a token where each group has its own would have a speed-up."""
+
+    def multiply(activations: torch.Tensor, p: Any, bias: torch.Tensor | None, *, overlap: bool, rounding: Rounding) -> torch.Tensor:
+        return real(activations, p, bias, overlap=overlap, rounding="int8" if rounding == "int8-128" else rounding)
+
+    real = implementations.multiply
+    monkeypatch.setattr(implementations, "multiply", lambda *given, rounding="none", **more: multiply(*given, rounding=rounding, **more))
+    monkeypatch.setattr(accuracy, "ODD_SHAPES", ((64, 256, 128),))
+    with pytest.raises(CheckFailed, match="int4, int8-128: M=7 N=64 K=256"):
+        run(asked(rounding="int8-128", rounded=frozenset(SETS[0].shapes)), SoftwareGpu(), Console.quiet())
+
+
+def test_a_gpu_that_multiplies_nothing_in_8_bits_is_told(small: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """If this failed, a person would look for rows that are not there."""
+    run(asked(rounding="int8", rounded=frozenset(SETS[0].shapes), only_check=True), SoftwareGpu(), Console())
+    assert "config.json allows int8 activations, and a CPU that plays a GPU multiplies none of these" in capsys.readouterr().err
 
 
 def test_a_wrong_product_ends_the_run_before_anything_is_timed(small: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from marlinctl.models.switches import check_switches
 from marlinctl.models.tokenizer_files import check_tokenizer
 from marlinctl.system.console import Console
 from tests.faults.checkpoints import FAULTS, INDEX, SECOND, SHARDS, Fault, write_shard
+from tests.packed import make_packed
 from tests.tiny import make_tiny, tiny_config, tiny_tensors, write_weights
 
 REPOSITORY = Path(__file__).parents[2]
@@ -242,12 +243,25 @@ def test_native_folders(tmp_path: Path) -> None:
     index.write_text(index.read_text().replace("model-0", "marlin-0"))
     assert len(open_checkpoint(folder, weight_files="marlin").tensors) == 21
     assert len(open_checkpoint(folder, weight_files="auto").tensors) == 21
-    with pytest.raises(BadInput, match=r"no model\.safetensors\.index"):
+    with pytest.raises(BadInput, match=r"config\.json belongs to weights called model"):
         open_checkpoint(folder)
+    text = index.read_text()
+    index.unlink()
+    with pytest.raises(BadInput, match=r"no marlin\.safetensors\.index"):
+        open_checkpoint(folder, weight_files="auto")
+    index.write_text(text)
     write_weights(folder, tiny_tensors(tiny_config()))
     assert len(open_checkpoint(folder).files) == 1
     with pytest.raises(BadInput, match="two sets"):
         open_checkpoint(folder, weight_files="auto")
+
+
+def test_whoever_needs_16_bit_weights_is_told_what_a_native_folder_is(tmp_path: Path) -> None:
+    """If only the name of the files were looked at, an index would be said to be missing, and nothing can be downloaded that cures it."""
+    make_packed(make_tiny(tmp_path / "model"), tmp_path / "marlin", "marlin")
+    with pytest.raises(BadInput, match="the checkpoint is already quantized") as refused:
+        preflight(tmp_path / "marlin")
+    assert refused.value.error_id == "E313" and "marlinctl pack" in refused.value.problems[0].fix
 
 
 def test_remote_code_of_a_known_model_is_ignored(tmp_path: Path) -> None:

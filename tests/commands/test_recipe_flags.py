@@ -38,6 +38,10 @@ VALUES = {
     "--temperature": "2", "--mask": "renewed", "--mask-interval": "7", "--mask-decay": "0.5",
     "--cache-logits": "5", "--checkpointing": None, "--asymmetric": None, "--save-every": "3",
 }  # fmt: skip
+# flag -> what it needs beside it, or it is refused
+BESIDE = {
+    "--activation-group": ["--activations", "int8"], "--mask-interval": ["--mask", "renewed"], "--mask-decay": ["--mask", "renewed"],
+}  # fmt: skip
 # flags that say how or where a job runs, or how good its result must be: none of them may change what is computed
 NOT_OF_THE_RECIPE = {
     "--json", "--quiet", "--verbose", "--log-file", "--no-color", "--debug", "--offline",
@@ -85,7 +89,8 @@ CASES = [(verb, flag) for verb in VERBS for flag in flags(verb) if flag not in N
 def test_each_flag_changes_the_recipe(verb: str, flag: str, asked: Callable[..., Recipe]) -> None:
     """A flag that is parsed and then forgotten: the job runs, and the person believes in what it did not do."""
     value = "4" if (verb, flag) == ("sparsify", "--bits") else VALUES[flag]  # it means 16 unless told
-    plain, changed = asked(verb), asked(verb, flag, *([] if value is None else [value]))
+    beside = BESIDE.get(flag, [])
+    plain, changed = asked(verb, *beside), asked(verb, *beside, flag, *([] if value is None else [value]))
     assert recipe_hash(plain) != recipe_hash(changed)
     different = {
         f"{section}.{key}"

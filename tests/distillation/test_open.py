@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from marlinctl.checkpoint.mask import NAME
+from marlinctl.cli import main
 from marlinctl.errors import BadInput, MarlinctlError, NumericalProblem, UsageError
 from tests import runs
 from tests.distillation.runs import distill, recipe, write_text
@@ -140,10 +141,12 @@ def test_a_teacher_with_another_tokenizer(place: Path, tmp_path: Path) -> None:
     assert error.error_id == "E371" and "2 tokens have other ids" in error.problems[0].what
 
 
-def test_a_quantized_teacher(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fmt", ["ct", "marlin"])
+def test_a_quantized_teacher(place: Path, tmp_path: Path, fmt: str) -> None:
     """A student would learn the rounding of its own relative instead of the original."""
-    error = refused(BadInput, place / "student", tmp_path / "out", place / "packed", place / "text.txt")
-    assert error.error_id == "E313"
+    make_packed(place / "teacher", tmp_path / fmt, fmt)
+    error = refused(BadInput, place / "student", tmp_path / "out", tmp_path / fmt, place / "text.txt")
+    assert error.error_id == "E313" and "already quantized" in error.problems[0].what
 
 
 def test_a_student_that_rounds_activations(place: Path, tmp_path: Path) -> None:
@@ -172,11 +175,15 @@ def test_tensors_that_are_missing(place: Path, student: Path, tmp_path: Path) ->
     assert error.error_id == "E302" and UP in error.problems[0].what
 
 
-def test_a_student_in_a_format_of_servers(place: Path, tmp_path: Path) -> None:
-    """gptq and marlin folders hold the same codes, but are not what this writes."""
-    make_packed(place / "teacher", tmp_path / "gptq", "gptq")
-    error = refused(BadInput, tmp_path / "gptq", tmp_path / "out", place / "teacher", place / "text.txt", mode="scales")
+@pytest.mark.parametrize("fmt", ["gptq", "marlin"])
+def test_a_student_in_a_format_of_servers(place: Path, tmp_path: Path, fmt: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """gptq and marlin folders hold the same codes, but are not what this writes; the command line looks at a student before a run does."""
+    make_packed(place / "teacher", tmp_path / fmt, fmt)
+    error = refused(BadInput, tmp_path / fmt, tmp_path / "out", place / "teacher", place / "text.txt", mode="scales")
     assert error.error_id == "E313" and "--format ct" in error.problems[0].fix
+    asked = ["distill", str(tmp_path / fmt), str(tmp_path / "out"), "--teacher", str(place / "teacher"), "--mode", "scales"]
+    assert main([*asked, "--tokens", "512", "--data", str(place / "text.txt"), "-q"]) == 3
+    assert "marlinctl pack STUDENT OUT --format ct" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from marlinctl.checkpoint.source import cache_root
 from marlinctl.kernels import dispatch, jit
 from marlinctl.kernels.configurations import DENSE, SPARSE
 from marlinctl.kernels.dispatch import PACKAGED, choose, read, reasoned, table_of, text_of
+from marlinctl.quantize.scheme import Rounding
 
 
 @pytest.fixture(autouse=True)
@@ -157,3 +158,16 @@ def test_kernels_and_tool_agree_on_the_cache(variables: dict[str, str], monkeypa
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
     assert jit.default_folder() == cache_root(None) / "kernels"
+
+
+@pytest.mark.parametrize(("rounding", "factored"), [("int8", False), ("int8-128", False), ("int8", True)])
+@pytest.mark.parametrize(("n", "k"), [(28672, 4096), (4096, 4096), (64, 64)])
+def test_the_fewest_rows_in_8_bits(n: int, k: int, rounding: Rounding, factored: bool) -> None:
+    """If this failed, verify would check 8-bit products with so few rows that the operator makes 16-bit ones of them."""
+
+    def eight_bits(m: int) -> bool:
+        found = choose("sm_90a", False, m, n, k, rounding, factored)
+        return found is not None and found.configuration.int8
+
+    assert dispatch.fewest_rounded("sm_90a", n, k, rounding, factored) == next(m for m in range(1, 5000) if eight_bits(m))
+    assert dispatch.fewest_rounded("sm_80", n, k, rounding, factored) is None

@@ -134,6 +134,46 @@ def test_a_flag_out_of_range_names_the_allowed_set(flags: dict[str, Any], where:
     assert caught.value.problems[0].where.startswith(where) and fix in caught.value.problems[0].fix
 
 
+@pytest.mark.parametrize(
+    ("recipe", "flags", "where", "fix"),
+    [
+        ("int4", {"quantize.activation_group": -1}, "--activation-group -1", "--activations int8"),
+        ("int4", {"quantize.activation_group": 128}, "--activation-group 128", "--activations int8"),
+        ("int4-a8", {"quantize.activation_group": -1, "quantize.activations": "16-bit"}, "--activation-group -1", "--activations int8"),
+        ("int4", {"distill.mask_interval": 10}, "--mask-interval 10", "--mask renewed"),
+        ("int4", {"distill.mask_decay": 3.0}, "--mask-decay 3.0", "--mask renewed"),
+        ("int4", {"distill.temperature": 2.0, "distill.kl": 0.0}, "--temperature 2.0", "--kl 1"),
+    ],
+)
+def test_a_flag_that_would_change_nothing_is_refused(recipe: str, flags: dict[str, Any], where: str, fix: str) -> None:
+    """Its person would believe in what is not done: one scale a token, where nothing is rounded at all."""
+    with pytest.raises(UsageError, match="has no effect") as caught:
+        resolve(load_recipe(recipe), flags)
+    (problem,) = caught.value.problems
+    assert caught.value.error_id == "E288" and problem.where == where and fix in problem.fix
+
+
+def test_a_group_of_activations_without_rounding_is_refused_in_a_file(tmp_path: Path) -> None:
+    """If a file were taken at its word, its folders would have 16-bit activations, and the file would say otherwise."""
+    file = write(tmp_path, "quantize:\n  activation_group: -1\n")
+    with pytest.raises(UsageError, match=r"quantize\.activation_group has no effect") as caught:
+        load_recipe(file)
+    assert caught.value.error_id == "E288" and caught.value.problems[0].where == f"{file}:2:3"
+    assert load_recipe(write(tmp_path, "extends: int4-a8\nquantize: {activation_group: -1}")).quantize.activation_group == -1
+    with pytest.raises(UsageError, match="has no effect"):
+        load_recipe(write(tmp_path, "extends: mine.yaml\nquantize: {activations: 16-bit, activation_group: -1}", "other.yaml"))
+
+
+def test_who_turns_rounding_off_need_not_know_its_groups(tmp_path: Path) -> None:
+    """If the group of the recipe below stayed, --activations 16-bit would be refused, or the recipe that is published could not be read."""
+    rounding = load_recipe(write(tmp_path, "extends: int4-a8\nquantize: {activation_group: -1}"))
+    without, _ = resolve(rounding, {"quantize.activations": "16-bit"})
+    assert without.quantize == load_recipe("int4").quantize
+    assert load_recipe(write(tmp_path, without.to_yaml(), "again.yaml")) == without
+    child = load_recipe(write(tmp_path, "extends: mine.yaml\nquantize: {activations: 16-bit}", "child.yaml"))
+    assert child.quantize == without.quantize
+
+
 # Everything that can be wrong with a file: text, id, line:column, part of the fix
 
 WRONG = {

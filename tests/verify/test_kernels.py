@@ -12,19 +12,22 @@ from torch import Tensor
 
 from marlinctl.cli import main
 from marlinctl.errors import CheckFailed
+from marlinctl.kernels import dispatch, functions
 from marlinctl.kernels import driver as cuda_driver
-from marlinctl.kernels.reference import dequantize, dequantize_sparse, gemm
+from marlinctl.kernels.reference import dequantize, dequantize_sparse, gemm, gemm_rounded
 from marlinctl.pack.marlin import pack_marlin
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
+from marlinctl.quantize.activations import group_of
+from marlinctl.quantize.scheme import Rounding
 from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.mask import two_largest
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.system.console import Console
 from marlinctl.verify import kernels
-from marlinctl.verify.kernels import ALLOWED, CudaKernel, compared, multiply
+from marlinctl.verify.kernels import ALLOWED, CudaKernel, compared, in_float64, multiply, worst
 from marlinctl.verify.run import verify
-from tests.packed import make_packed
+from tests.packed import edit_json, make_packed, remake_manifest
 from tests.runs import TEXT
 from tests.tiny import make_tiny
 
@@ -112,7 +115,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_verify_reads_every_output_where_there_is_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, a machine with a GPU would still look at a sample, or not say which it was."""
-    monkeypatch.setattr(kernels, "cuda_kernel", lambda console: KERNEL)
+    monkeypatch.setattr(kernels, "cuda_kernel", lambda console, rounds: KERNEL)
     checked = verify(folder, source=None, load=False, console=Console.quiet()).kernels
     assert checked is not None
     assert checked.by == "a kernel in software"
@@ -122,7 +125,7 @@ def test_verify_reads_every_output_where_there_is_a_gpu(folder: Path, monkeypatc
 def test_verify_fails_where_the_kernel_gives_another_product(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, a model that computes nonsense on this GPU would be published."""
     wrong = replace(KERNEL, multiply=lambda a, p: in_software(a, p).flip(1))
-    monkeypatch.setattr(kernels, "cuda_kernel", lambda console: wrong)
+    monkeypatch.setattr(kernels, "cuda_kernel", lambda console, rounds: wrong)
     with pytest.raises(CheckFailed) as caught:
         verify(folder, source=None, load=False, console=Console.quiet())
     assert caught.value.error_id == "E113"
@@ -135,7 +138,7 @@ def test_compress_publishes_nothing_that_the_kernel_multiplies_wrongly(
     make_tiny(tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "mine.yaml").write_text("quantize: {group_size: 32}\ncalibration: {minimum_tokens: 256, samples: 8, sequence_length: 64}\n")
-    monkeypatch.setattr(kernels, "cuda_kernel", lambda console: replace(KERNEL, multiply=lambda a, p: in_software(a, p) * 1.01))
+    monkeypatch.setattr(kernels, "cuda_kernel", lambda console, rounds: replace(KERNEL, multiply=lambda a, p: in_software(a, p) * 1.01))
     command = ["compress", str(tmp_path / "model"), str(tmp_path / "out"), "--recipe", str(tmp_path / "mine.yaml"), "--also", "marlin"]
     code = main([*command, "--calibration", str(tmp_path / "text.txt"), "--dtype", "float32", "--no-eval"])
     assert code == 1
@@ -153,7 +156,7 @@ def test_a_gpu_without_memory_leaves_linears_to_the_emulator(folder: Path, monke
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return in_software(activations, p)
 
-    monkeypatch.setattr(kernels, "cuda_kernel", lambda console: replace(KERNEL, multiply=runs_out))
+    monkeypatch.setattr(kernels, "cuda_kernel", lambda console, rounds: replace(KERNEL, multiply=runs_out))
     checked = verify(folder, source=None, load=False, console=Console.quiet()).kernels
     assert checked is not None
     assert checked.by == f"a kernel in software ({checked.linears - 2} linears by the emulator)"
@@ -180,3 +183,122 @@ def test_the_operator_is_the_one_that_models_call() -> None:
         packed, weight = linear(128, 128, 32, sparse=sparse)
         activations = torch.randn(3, 128).half()
         assert torch.allclose(multiply(activations, packed).float(), activations.float() @ weight.T, atol=0.02)
+
+
+# int8 activations
+
+
+def rounded_in_software(activations: Tensor, p: Packed, rounding: Rounding) -> Tensor:
+    return gemm_rounded(activations, p, group_of(rounding)).to(activations.dtype)
+
+
+ROUNDING_KERNEL = replace(KERNEL, multiply_rounded=rounded_in_software, rows_rounded=lambda n, k, rounding, factored: 33)
+LAYER = "model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture
+def rounding_folder(folder: Path) -> Path:
+    """All linears but one may have their activations rounded."""
+    said = {"format_version": 2, "activations": "int8", "activation_group": 128, "sixteen_bit_activations": [LAYER]}
+    edit_json(folder / "config.json", lambda config: config["quantization_config"].update(said))
+    remake_manifest(folder)
+    return folder
+
+
+@pytest.mark.parametrize("rounding", ["int8", "int8-128"])
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+def test_products_of_rounded_activations_pass(rounding: Rounding, group_size: int) -> None:
+    """If this failed, a sound folder for int8 activations would not be published, with a GPU or without."""
+    k = 320 if group_size in (32, 64) else 384
+    packed, weight = linear(200, k, k if group_size == -1 else group_size, sparse=False)
+    reading = compared(ROUNDING_KERNEL, packed, weight, rounding)
+    assert reading.error <= reading.allowed / 2
+    error, allowed = worst(packed, weight, [0, 3], rounding)
+    assert 0 < error <= allowed / 2
+
+
+@pytest.mark.parametrize("rounding", ["int8", "int8-128"])
+def test_one_wrong_weight_fails_with_rounded_activations(rounding: Rounding) -> None:
+    """If this failed, the kernel for 8-bit activations could read another weight than the one for 16."""
+    packed, weight = linear(128, 1024, 128, sparse=False)
+    assert isinstance(packed, PackedLinear)
+    words = packed.qweight.clone()
+    words[3, 17] ^= 1 << 7
+    wrong = replace(packed, qweight=words)
+    assert compared(ROUNDING_KERNEL, wrong, weight, rounding).error > ALLOWED
+    error, allowed = worst(wrong, weight, [0, 1], rounding)
+    assert error > allowed
+
+
+def test_verify_multiplies_rounded_activations_where_the_folder_allows_them(
+    rounding_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If this failed, a folder for int8 activations would be published whose products nobody has looked at."""
+    checked = verify(rounding_folder, source=None, load=False, console=Console.quiet()).kernels
+    assert checked is not None and (checked.rounded, checked.rounded_by) == (checked.linears - 1, "emulator")
+    monkeypatch.setattr(kernels, "cuda_kernel", lambda console, rounds: ROUNDING_KERNEL)
+    assert main(["verify", str(rounding_folder), "--no-load"]) == 0
+    assert "int8 activations in 13 linears by the a kernel in software" in " ".join(capsys.readouterr().out.split())
+    for kernel in (
+        KERNEL,
+        replace(ROUNDING_KERNEL, rows_rounded=lambda n, k, rounding, factored: None),
+    ):  # 8 bits are not faster there, whatever M
+        monkeypatch.setattr(kernels, "cuda_kernel", lambda console, rounds, kernel=kernel: kernel)
+        checked = verify(rounding_folder, source=None, load=False, console=Console.quiet()).kernels
+        assert checked is not None and (checked.by, checked.rounded_by) == ("a kernel in software", "emulator")
+
+
+def test_verify_fails_where_rounded_activations_give_another_product(rounding_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, a kernel that takes the scale of another group would only be seen in what the model says."""
+    wrong = replace(ROUNDING_KERNEL, multiply_rounded=lambda a, p, rounding: rounded_in_software(a, p, "int8"))
+    monkeypatch.setattr(kernels, "cuda_kernel", lambda console, rounds: wrong)
+    with pytest.raises(CheckFailed, match="give another product with int8-128 activations") as caught:
+        verify(rounding_folder, source=None, load=False, console=Console.quiet())
+    assert caught.value.error_id == "E113" and all(LAYER not in problem.what for problem in caught.value.problems)
+
+
+def test_what_is_multiplied_is_what_the_rounding_says() -> None:
+    """If this failed, verify would compare a kernel with activations that nobody rounds so."""
+    x = torch.randn(3, 200, generator=torch.Generator().manual_seed(0)).half()
+    for rounding, size in (("int8", 200), ("int8-128", 128)):
+        steps = [part.double().abs().amax(1, keepdim=True) / 127 for part in x.split(size, 1)]
+        exact = torch.cat([(part.double() / step).round() * step for part, step in zip(x.split(size, 1), steps, strict=True)], 1)
+        assert torch.allclose(in_float64(x, rounding), exact, rtol=1e-6, atol=0)  # type: ignore[arg-type]
+    assert torch.equal(in_float64(x, "none"), x.double())
+
+
+def test_the_operator_is_called_with_the_rounding() -> None:
+    """If this failed, the check of 8-bit products would be a second one of 16-bit products."""
+    packed, weight = linear(128, 256, 32, sparse=False)
+    x = torch.randn(3, 256).half()
+    found = multiply(x, packed, rounding="int8").double()
+    near, far = ((found - inputs @ weight.double().T).norm() for inputs in (in_float64(x, "int8"), x.double()))
+    assert near < far / 3
+
+
+def test_a_gpu_on_which_only_rounded_products_fail_keeps_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If this failed, a kernel for 8 bits that does not compile would end hours of work, or take the check of 16-bit products with it."""
+    tried: list[str] = []
+
+    def compared(kernel: CudaKernel, packed: Packed, weight: Tensor, rounding: str = "none") -> None:
+        tried.append(rounding)
+        if rounding != "none":
+            raise RuntimeError("NVRTC refused the source")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    monkeypatch.setattr(functions, "checked_architecture", lambda device: "sm_90a")
+    monkeypatch.setattr(functions, "architecture_of", lambda device: "sm_90a")
+    monkeypatch.setattr(kernels, "compared", compared)
+    kernel = kernels.cuda_kernel(Console(), rounds=True)
+    assert tried == ["none", "int8"] and kernel is not None and kernel.multiply_rounded is None
+    assert kernel.rows_rounded(28672, 4096, "int8", True) == dispatch.fewest_rounded("sm_90a", 28672, 4096, "int8", True)
+    assert "the CUDA kernel for int8 activations does not run on some GPU" in capsys.readouterr().err
+    packed, weight = linear(64, 64, 32, sparse=False)
+    assert kernels.by_kernel(kernel, packed, weight, "int8") is None, "the emulator is asked"
+    tried.clear()
+    whole = kernels.cuda_kernel(Console.quiet())
+    assert tried == ["none"] and whole is not None and whole.multiply_rounded is not None

@@ -388,6 +388,13 @@ def test_another_model_as_source_is_noticed(good: dict[str, Path], tmp_path: Pat
     assert problem.error_id == "E107" and f"{LAYER} is [512, 128] in the source and [256, 128] here" in [p.what for p in problem.problems]
 
 
+@pytest.mark.parametrize("fmt", ["ct", "marlin"])
+def test_a_quantized_source_is_refused_before_the_work(good: dict[str, Path], fmt: str) -> None:
+    """If its weights were only found missing at the end, a large model would be read in vain, and a native folder would lack an index."""
+    refused = failure(good["gptq"], source=good[fmt])
+    assert refused.error_id == "E313" and f"the source is quantized itself ({fmt})" in refused.problems[0].what
+
+
 def test_unknown_architectures_are_checked_as_far_as_possible(tmp_path: Path, source: Path) -> None:
     """A model outside the table still has layers whose tensors belong together; what could not be checked is said."""
     out = tmp_path / "out"

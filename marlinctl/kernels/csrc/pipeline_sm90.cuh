@@ -97,10 +97,11 @@ struct UnreleasedStage {
 
     __device__ __forceinline__ void release() {
         __syncwarp();
-        if (stage >= 0) {
-            if (PAIRED && lane < 2 * ARRIVING_LANES) barrier_arrive_at(lane % 2, ring.empty(stage));
-            if (!PAIRED && lane < ARRIVING_LANES) barrier_arrive(ring.empty(stage));
+        if (PAIRED && stage >= 0) {
+#pragma unroll
+            for (unsigned i = lane; i < 2 * ARRIVING_LANES; i += 32) barrier_arrive_at(i / ARRIVING_LANES, ring.empty(stage));
         }
+        if (!PAIRED && lane < ARRIVING_LANES && stage >= 0) barrier_arrive(ring.empty(stage));
         stage = -1;
     }
 };

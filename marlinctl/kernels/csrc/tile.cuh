@@ -12,7 +12,8 @@
 // scales multiply the finished sums.
 //
 // Compile-time configuration (kernels/configurations.py): NUMBER, TOKENS, BLOCKS, SPLIT, K_WARPS, K_STEP, STAGES,
-// CTAS (per multiprocessor, what registers are allotted for), SHARED_BYTES. EIGHT_BIT: activations are int8. WHOLE_SUMS: and sums over all of K.
+// CTAS (per multiprocessor, what registers are allotted for), SHARED_BYTES. EIGHT_BIT: activations are int8. WHOLE_SUMS: and
+// sums go over all of K. PAIRED: stripes.cuh.
 //
 // On Hopper the warps here are the consumers; the copying warps come after them (pipeline_sm90.cuh).
 #pragma once
@@ -246,7 +247,8 @@ struct SharedTile {  // a tile and its CTAs
     int first_cta, last_cta;
 
     __device__ __forceinline__ float4* place(int cta, int part, int slab, const ThreadRole& role) const {
-        const int slot = 2 * (cta * PAIR + static_cast<int>(rank_in_pair())) + (cta == first_cta ? 1 : 0);  // the part at the start of a tile is a CTA's last, any other its first
+        // The part at the start of a tile is a CTA's last, any other its first.
+        const int slot = 2 * (cta * PAIR + static_cast<int>(rank_in_pair())) + (cta == first_cta ? 1 : 0);
         return partials + (static_cast<size_t>(slot) * (OWN * SLABS) + part * SLABS + slab) * THREADS + role.thread;
     }
 };
