@@ -60,7 +60,7 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "quantize.group_scales": (
         "--group-scales",
-        {"metavar": "float16|integer", "help": "integer: 1 to 16 times one number for each row, which kernels of int8 products like."},
+        {"metavar": "float16|integer", "help": "integer: small integers times one number per row, for kernels of int8 products."},
     ),
     "quantize.scale_sign": ("--scale-sign", {"metavar": "both|positive", "help": "positive for runtimes that require positive scales."}),
     "quantize.act_order": ("--act-order", {"metavar": "static|none", "help": "Order of columns during the solve; files stay the same."}),

@@ -80,7 +80,7 @@ def _fit_rows(w: Tensor, h: Tensor | None, free: Tensor, bfloat16_exact: bool) -
         lower, upper = ((below + more).copysign(ratio).clamp_(LOWEST_FACTOR, HIGHEST_FACTOR) * channel for more in (0, 1))
         of_lower, of_upper = error(lower), error(upper)
         total = torch.minimum(of_lower, of_upper).sum(-1, keepdim=True)
-        best = torch.where(total < least, torch.where(of_upper < of_lower, upper, lower), best)
+        best = torch.where(total <= least, torch.where(of_upper < of_lower, upper, lower), best)
         least = torch.minimum(total, least)
     return best
 
