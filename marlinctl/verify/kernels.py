@@ -301,7 +301,11 @@ def worst(packed: PackedLinear | PackedSparseLinear, weight: Tensor, blocks: lis
     rows = torch.zeros(len(outputs), k, dtype=torch.float64)  # outputs beyond N are zero
     rows[outputs < n] = weight[outputs[outputs < n]].double()
     wide = in_float64(activations, rounding)
-    found = gemm_blocks(activations, packed, blocks) if rounding == "none" else _rounded_blocks(activations, packed, blocks, rounding)
+    if rounding == "none":
+        found = gemm_blocks(activations, packed, blocks)
+    else:
+        rows = rows[: int((outputs < n).sum())]
+        found = _rounded_blocks(activations, packed, blocks, len(rows), rounding)
     error = (found.double() - wide @ rows.T).abs()
     scale = wide.abs() @ rows.abs().T
     share = torch.where(scale > 0, error / scale, torch.where(error > 0, torch.inf, 0.0))
@@ -309,19 +313,24 @@ def worst(packed: PackedLinear | PackedSparseLinear, weight: Tensor, blocks: lis
     return float(share.max()), 2 * additions * 2.0**-24
 
 
-def _rounded_blocks(activations: Tensor, packed: PackedLinear | PackedSparseLinear, blocks: list[int], rounding: Rounding) -> Tensor:
-    """[M, 64 len(blocks)] by the emulator of the kernel for int8 activations. Tiles and scales of a block do not know their neighbours."""
+def _rounded_blocks(
+    activations: Tensor, packed: PackedLinear | PackedSparseLinear, blocks: list[int], outputs: int, rounding: Rounding
+) -> Tensor:
+    """[M, outputs] of these blocks, in their order, by the emulator of the kernel for int8 activations. Tiles and scales of a block do not
+    know their neighbours."""
     import torch
 
     from marlinctl.kernels.activations import round_activations_for_tiles
     from marlinctl.kernels.emulate import BLOCK
-    from marlinctl.kernels.emulate_int8 import gemm_int8
+    from marlinctl.kernels.emulate_int8 import gemm_factored, gemm_int8
     from marlinctl.pack.types import PackedLinear
     from marlinctl.quantize.activations import group_of
 
     words = torch.cat([packed.qweight[:, 2 * BLOCK * block : 2 * BLOCK * (block + 1)] for block in blocks], 1)
     scales = torch.cat([packed.scales[:, BLOCK * block : BLOCK * (block + 1)] for block in blocks], 1)
+    part = PackedLinear(words, scales, outputs, packed.in_features, packed.group_size)
     group = group_of(rounding)
-    rounded = round_activations_for_tiles(activations, group)
-    part = PackedLinear(words, scales, BLOCK * len(blocks), packed.in_features, packed.group_size)
+    rounded, factored = round_activations_for_tiles(activations, group), _factored(part, rounding)
+    if factored is not None:
+        return gemm_factored(rounded.codes, rounded.scales, part, factored)
     return gemm_int8(rounded.codes, rounded.scales, part, group)

@@ -144,6 +144,7 @@ def test_a_token_stays_in_registers() -> None:
         threads, pieces = shape_of(k, None)
         assert threads % 32 == 0 and threads * pieces * 16 >= k and (threads - 32) * pieces * 16 < k
     assert shape_of(65536, None) == (512, 4)
+    assert shape_of(16384, None) == (512, 2) and shape_of(16392, None) == (288, 4), "as few numbers for a thread as there are threads for"
 
 
 def test_what_the_kernel_would_read_wrongly_is_refused() -> None:
@@ -155,6 +156,8 @@ def test_what_the_kernel_would_read_wrongly_is_refused() -> None:
             round_on_gpu(x, None)
     with pytest.raises(ValueError, match="not for each 64"):
         round_on_gpu(wide, 64)
+    with pytest.raises(ValueError, match="are more than"):
+        round_on_gpu(torch.empty(2**26, 8192, dtype=torch.float16, device="meta"), None)
 
 
 @pytest.mark.parametrize(

@@ -84,11 +84,23 @@ def test_the_error_is_that_of_the_outputs(kind: RoundedAs, size: int) -> None:
     assert measure(torch.zeros(5, 200), {"a": weight}, kind)["a"].rounding_error == 0
 
 
+def test_what_a_token_may_lack() -> None:
+    """If one zero left a token out, or a token without output made the error NaN, inputs behind a ReLU would be measured wrongly."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(40, 200, generator=generator).relu(), torch.randn(24, 200, generator=generator)
+    assert measure(x, {"a": weight}, "int8")["a"].rounding_error == pytest.approx(in_float64(x, weight, 200), rel=0.02)
+    weight[:, 100:] = 0
+    unseen = torch.cat((torch.zeros(1, 100), x[:1, 100:] + 1), 1)
+    assert measure(torch.cat((unseen, x)), {"a": weight}, "int8")["a"].rounding_error == pytest.approx(in_float64(x, weight, 200), rel=0.02)
+    constant = measure(torch.ones(3, 200), {"a": weight}, "int8")["a"]
+    assert (constant.mean, constant.spread) == (0, 1) and constant.rounding_error < 1e-9
+
+
 def test_the_worst_decides_for_all_that_share_an_input(monkeypatch: pytest.MonkeyPatch) -> None:
     """If q kept 16 bits and k did not, a server that joins them would have to round or not round both."""
     x, weight = torch.randn(40, 200, generator=torch.Generator().manual_seed(0)), torch.eye(200)
     facts = measure(x, {"a": weight, "b": 2 * weight}, "int8")
-    assert not stays(facts)
+    assert not stays(facts) and stays({**facts, "c": InputFacts(0.0, 1.0, 1.01 * input_rounding.LIMIT)}), "one is enough"
     monkeypatch.setattr(input_rounding, "LIMIT", 0.99 * facts["a"].rounding_error)
     assert stays(facts) and stays({"a": InputFacts(0.0, 1.0, float("nan"))}), "what is not a number stays too"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from marlinctl.cli import main
 from marlinctl.errors import CheckFailed
-from marlinctl.kernels import dispatch, functions
+from marlinctl.kernels import dispatch, emulate_int8, functions
 from marlinctl.kernels import driver as cuda_driver
 from marlinctl.kernels.reference import dequantize, dequantize_sparse, gemm, gemm_rounded
 from marlinctl.pack.marlin import pack_marlin
@@ -25,7 +25,7 @@ from marlinctl.sparsify.mask import two_largest
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.system.console import Console
 from marlinctl.verify import kernels
-from marlinctl.verify.kernels import ALLOWED, CudaKernel, compared, in_float64, multiply, worst
+from marlinctl.verify.kernels import ALLOWED, CudaKernel, by_kernel, compared, in_float64, multiply, worst
 from marlinctl.verify.run import verify
 from tests.packed import edit_json, make_packed, remake_manifest
 from tests.runs import TEXT
@@ -215,6 +215,30 @@ def test_products_of_rounded_activations_pass(rounding: Rounding, group_size: in
     assert reading.error <= reading.allowed / 2
     error, allowed = worst(packed, weight, [0, 3], rounding)
     assert 0 < error <= allowed / 2
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_factored_weights_are_read_as_their_own_kernel_reads_them(group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, the kernel that a model with integer group scales runs would not be looked at, with a GPU or without."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (200, 384), dtype=torch.int8, generator=generator)
+    factors = torch.randint(1, 17, (200, 384 // group_size), generator=generator)
+    scales = (factors * 2.0 ** torch.randint(-9, -5, (200, 1), generator=generator)).half()
+    packed = pack_marlin(QuantizedLinear(codes, scales, group_size))
+    weight = codes.float() * scales.float().repeat_interleave(group_size, 1)
+    kernel = replace(ROUNDING_KERNEL, rows_rounded=lambda n, k, rounding, factored: 3 if factored else None)
+    reading = by_kernel(kernel, packed, weight, "int8")
+    assert reading is not None and reading.error <= reading.allowed / 2
+    assert by_kernel(kernel, packed, weight, "int8-128") is None, "which sums of groups alone multiply"
+    real, calls = emulate_int8.gemm_factored, list[int]()
+    monkeypatch.setattr(emulate_int8, "gemm_factored", lambda *tensors: calls.append(1) or real(*tensors))
+    for rounding in ("int8", "int8-128"):
+        error, allowed = worst(packed, weight, [0, 3], rounding)
+        assert error <= allowed / 2 and calls == [1]
+    words = packed.qweight.clone()
+    words[3, 17] ^= 1 << 7
+    error, allowed = worst(replace(packed, qweight=words), weight, [0, 1], "int8")
+    assert error > allowed
 
 
 @pytest.mark.parametrize("rounding", ["int8", "int8-128"])
