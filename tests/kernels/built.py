@@ -4,6 +4,7 @@
     .cache/tests/<key>.so      a kernel, linked with it
     .cache/tests/<key>.json    what the disassembler says of a kernel's machine code
     .cache/tests/cubins/       the machine code, by NVRTC (marlinctl/kernels/jit.py)
+    .cache/tests/gpu/          the same of kernels that run on a GPU
 
 So an entry never becomes wrong: whoever changes a source gets a new one. The folder may be deleted at any time.
 """
@@ -28,6 +29,7 @@ FOLDER = ROOT / ".cache" / "tests"
 SOFTWARE_GPU = Path(__file__).parent / "software_gpu"
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-w")
 CUBINS = FOLDER / "cubins"  # for jit.cubin, which keys its entries itself
+GPU_CACHE = FOLDER / "gpu"  # as MARLINCTL_CACHE: hundreds of kernels, which tests with a cache of their own would compile again
 
 
 def entry(kind: str, inputs: Any) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from marlinctl.kernels.rounding import round_on_gpu
 from marlinctl.pack.types import PackedLinear
 from marlinctl.quantize.activations import group_of
 from marlinctl.quantize.scheme import Rounding
+from tests.kernels.built import GPU_CACHE
 from tests.kernels.software_kernel import random_packed
 from tests.kernels.test_gpu import Linear, error_of
 
@@ -34,8 +36,9 @@ GATES = {torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 
 @pytest.fixture(autouse=True)
-def gpu() -> Iterator[None]:
+def gpu(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An error of an earlier kernel shows in the test that made it."""
+    monkeypatch.setenv("MARLINCTL_CACHE", str(GPU_CACHE))
     if not torch.cuda.is_available():
         pytest.fail("no CUDA device: tests with the marker gpu need one")
     if torch.cuda.get_device_capability() != (9, 0):
