@@ -32,7 +32,7 @@ distill: {{data: {words}, tokens: {tokens}, sequence_length: 32, batch_tokens: 1
 """
 VERBS = ("quantize", "head", "sparsify", "pack", "distill", "blockwise", "compress", "distilled")
 STRIDES = {"compress": 5, "distilled": 7}  # of calls and writes: their stages are the other verbs, which have every one
-QUICK = {"quantize": 3, "sparsify": 5, "pack": 1, "distill": 5, "compress": 11}  # every so many lines without `-m slow`: odd
+QUICK = {"quantize": 1, "sparsify": 3, "pack": 1, "distill": 3, "compress": 7}  # every so many lines without `-m slow`: odd
 
 
 class Place(NamedTuple):

@@ -24,11 +24,11 @@ def type_of(name: str) -> torch.dtype:
     return torch.bfloat16 if name.startswith("m64") else torch.float16
 
 
-# Scales of tokens, one for each group of so many of K or one for all, by turns; each is a build of its own. Factored weights have the latter.
+# Scales of tokens, one for each group of so many of K or one for all, by turns: each is a build. Factored weights have one for all.
 KERNELS = [
-    pytest.param((BY_NAME[name], type_of(name), group), marks=marks)
+    pytest.param((BY_NAME[name], type_of(name), group), marks=[] if (group is None) == (i % 2 == 0) else [pytest.mark.slow])
     for i, name in enumerate(SHOWN)
-    for group, marks in zip((None, ACTIVATION_GROUP), ([], pytest.mark.slow) if i % 2 == 0 else (pytest.mark.slow, []), strict=True)
+    for group in (None, ACTIVATION_GROUP)
 ]
 KERNELS += [pytest.param((FACTORED[name], type_of(name), None)) for name in SHOWN_FACTORED]
 Kernel = tuple[Configuration, torch.dtype, int | None, Launch]
