@@ -2,6 +2,7 @@
 
     test ──► one server process, which has imported everything and made one run ──► a fork for each program
 
+The server is a fork too, of the process that runs the tests, made when all of them are imported and none has begun (tests/conftest.py).
 A program is as real a process as any other: a pid, signals, pipes, limits, and the test is its parent. What it lacks is a start and an
 end of the interpreter, and variables that libraries read when they are imported come too late: tests of those start a process themselves.
 Where the system has no subreapers (it is not Linux), these are subprocess's own.
@@ -13,6 +14,7 @@ import ctypes
 import functools
 import gc
 import json
+import logging
 import os
 import runpy
 import signal
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -65,12 +68,59 @@ def run(
     return done
 
 
-@functools.cache
-def _server() -> socket.socket:
-    """Started by the first who asks; it ends with this process."""
+_forks: list[socket.socket] = []  # what fork_server() leaves for the first who asks
+
+
+def fork_server() -> None:
+    """Prepares for programs without another import of torch and transformers. Nothing that tests patch may be patched yet."""
+    if sys.platform != "linux" or _forks:
+        return
+    ours, theirs = _sockets()
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # other threads wait for messages, and hold nothing
+        server = os.fork()
+    if server == 0:
+        try:
+            _leave_pytest(theirs.fileno())
+            _serve(socket.socket(fileno=3))
+        except BaseException:  # noqa: BLE001  never back into pytest
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    theirs.close()
+    _forks.append(ours)
+
+
+def _leave_pytest(control: int) -> None:
+    """What the server has of the process that it was: modules, but for those of tests, which pytest has rewritten."""
+    os.setsid()
+    os.chdir(ROOT)
+    with open(os.devnull, "r+") as nothing:
+        for stream in (0, 1):
+            os.dup2(nothing.fileno(), stream)
+    os.dup2(control, 3)
+    os.closerange(4, 4096)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_pytest.")]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests" or name == "marlinctl.__main__"]:
+        del sys.modules[name]
+    logging.getLogger().handlers.clear()
+
+
+def _sockets() -> tuple[socket.socket, socket.socket]:
+    """Of a process that becomes the parent of what its children leave behind."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)  # programs and environments in one message
     assert ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0) == 0
+    return ours, theirs
+
+
+@functools.cache
+def _server() -> socket.socket:
+    """That of fork_server(), or one that the first who asks has started; it ends with this process."""
+    if _forks:
+        return _forks[0]
+    ours, theirs = _sockets()
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # where a machine without an installation has our dependencies
     subprocess.Popen(
         [sys.executable, "-m", "tests.forked", str(theirs.fileno())], cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
@@ -93,6 +143,11 @@ def _ask(message: bytes, streams: list[int]) -> int:
 
 
 def _serve(control: socket.socket) -> None:
+    """Nothing is imported before somebody asks."""
+    message, streams, *_ = socket.recv_fds(control, 1 << 20, 3)
+    if not message:
+        return
+
     import torch
 
     import marlinctl.commands.compress
@@ -107,10 +162,7 @@ def _serve(control: socket.socket) -> None:
     with blank_pictures():
         _warm()
         gc.freeze()  # neither looked at nor copied by a fork
-        while True:
-            message, streams, *_ = socket.recv_fds(control, 1 << 20, 3)
-            if not message:
-                return
+        while message:
             told, telling = os.pipe()
             between = os.fork()
             if between == 0:
@@ -124,6 +176,7 @@ def _serve(control: socket.socket) -> None:
             control.send(os.read(told, 32))
             for descriptor in (told, telling, *streams):
                 os.close(descriptor)
+            message, streams, *_ = socket.recv_fds(control, 1 << 20, 3)
 
 
 def _warm() -> None:

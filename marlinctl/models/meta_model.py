@@ -20,11 +20,18 @@ from torch.overrides import TorchFunctionMode
 from marlinctl.models.transformers_config import building, model_class, transformers_config
 
 
-class _ExpertsOnMeta(TorchFunctionMode):
-    """Large tensors of three dimensions are made without memory: experts of a block of DeepSeek-V3 would take 30 GB until they move."""
+class _WithoutMemory(TorchFunctionMode):
+    """Large tensors of three dimensions are made without memory: experts of a block of DeepSeek-V3 would take 30 GB until they move.
+
+    Random numbers are not drawn for tensors without memory: torch takes a millisecond for each, and draws nothing.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
+        if getattr(func, "__name__", "") in _RANDOM:
+            drawn = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if drawn.is_meta:
+                return drawn
         if func in (torch.empty, torch.zeros) and "device" not in kwargs:
             sizes = _sizes(args)
             if len(sizes) == _FUSED_DIMENSIONS and math.prod(sizes) > _LARGE:
@@ -32,6 +39,7 @@ class _ExpertsOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_RANDOM = {"normal_", "uniform_", "trunc_normal_"}  # of torch.nn.init, of transformers in its place, and of tensors
 _FUSED_DIMENSIONS, _LARGE = 3, 1 << 24  # elements; buffers are smaller, and must be real
 
 
@@ -49,7 +57,7 @@ def build(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     parsed = transformers_config(config)
     parsed.use_cache = False
     made_of = model_class(parsed)
-    with building("config.json"), init_empty_weights(include_buffers=False), _ExpertsOnMeta():
+    with building("config.json"), init_empty_weights(include_buffers=False), _WithoutMemory():
         model: nn.Module = made_of._from_config(parsed, dtype=dtype)
     return model.eval()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,15 @@ def write_reports(staged: StagedCheckpoint, report: Mapping[str, Any], opened: R
 
 
 def versions() -> dict[str, str]:
+    return {"marlinctl": __version__, "algorithm": str(ALGORITHM_VERSION), **_of_packages()}
+
+
+@cache
+def _of_packages() -> dict[str, str]:
+    """What is installed does not change while a process runs, and each of these is a file that is parsed."""
     from importlib.metadata import version
 
-    names = ("torch", "transformers", "safetensors", "tokenizers", "accelerate")
-    return {"marlinctl": __version__, "algorithm": str(ALGORITHM_VERSION), **{name: version(name) for name in names}}
+    return {name: version(name) for name in ("torch", "transformers", "safetensors", "tokenizers", "accelerate")}
 
 
 def _source_facts(opened: RunInputs) -> dict[str, Any]:

@@ -7,22 +7,23 @@ case something slips through all the same. Characters that steer a terminal or t
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
 from marlinctl.report.page import Block, Cell, Figure, Listing, Name, Page, Paragraph, Picture, Points, Section, Table
 from marlinctl.report.pictures import DARK, LIGHT
 from marlinctl.system.log import printable
 
+if TYPE_CHECKING:
+    import jinja2
+
 TEMPLATE = "page.html.jinja"
 
 
 def render(page: Page) -> str:
-    from jinja2 import StrictUndefined
-    from jinja2.sandbox import SandboxedEnvironment
     from markupsafe import Markup
 
-    environment = SandboxedEnvironment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("marlinctl.report").joinpath(TEMPLATE).read_text("utf-8"))
     shown = Page(
         _line(page.title),
         _line(page.lead),
@@ -30,7 +31,17 @@ def render(page: Page) -> str:
         [Section(_line(section.title), [_visible(block) for block in section.blocks]) for section in page.sections],
         _line(page.written_by),
     )
-    return template.render(page=shown, svg=Markup, is_name=lambda cell: isinstance(cell, Name), light=LIGHT, dark=DARK)
+    return _template().render(page=shown, svg=Markup, is_name=lambda cell: isinstance(cell, Name), light=LIGHT, dark=DARK)
+
+
+@cache
+def _template() -> jinja2.Template:
+    """Compiled once: a run writes several pages."""
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import SandboxedEnvironment
+
+    environment = SandboxedEnvironment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(files("marlinctl.report").joinpath(TEMPLATE).read_text("utf-8"))
 
 
 def _visible(block: Block) -> Block:

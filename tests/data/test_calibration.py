@@ -154,7 +154,7 @@ def test_a_chat_template_is_bounded(tmp_path: Path, name: str, monkeypatch: pyte
     from marlinctl.data import calibration
 
     bounds = calibration.Bounds
-    monkeypatch.setattr(calibration, "Bounds", lambda memory, cpu, wait: bounds(memory=300 << 20, cpu=2, wait=3))
+    monkeypatch.setattr(calibration, "Bounds", lambda memory, cpu, wait: bounds(memory=300 << 20, cpu=1, wait=3))
     model = make_tiny(tmp_path / "model", chat_template=TEMPLATES[name])
     source = write(tmp_path / "chats.jsonl", [{"messages": chat} for chat in CHATS])
     with pytest.raises(BadInput, match="chat template was stopped") as caught:

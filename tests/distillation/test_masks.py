@@ -208,7 +208,7 @@ def test_linears_without_a_mask_stay_dense(place: Path, tmp_path: Path) -> None:
     assert float((read_all(tmp_path / "out")[f"{UP}.weight"] != 0).double().mean()) > 0.99
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", pytest.param("llama4_text", marks=pytest.mark.slow)])
 def test_experts_are_renewed_along_their_inputs(model_type: str, tmp_path: Path) -> None:
     """Experts lie stacked, and transposed in some models: fours of the wrong axis would be no 2:4 in the checkpoint."""
     teacher = zoo.build(model_type, tmp_path / "teacher", dtype=torch.bfloat16)
@@ -220,7 +220,9 @@ def test_experts_are_renewed_along_their_inputs(model_type: str, tmp_path: Path)
 # ---- resuming ------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("student", "saved"), [("student", 5), ("other", 5), ("other", 12)])
+@pytest.mark.parametrize(
+    ("student", "saved"), [("other", 5), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("student", 5), ("other", 12)))]
+)
 def test_a_resumed_job_ends_with_the_same_bytes(
     place: Path, tmp_path: Path, student: str, saved: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

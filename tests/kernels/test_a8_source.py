@@ -18,22 +18,31 @@ SHOWN = ("m32n512k128x4", "m32n128k256x5", "m64n384k128x5", "m96n256k128x5p2t2",
 FACTORED = {c.name.removeprefix("a8-wgmma-"): c for c in A8_FACTORED_SM90}
 # Four words of a warp; pairs with three warpgroups, and with 256 tokens of one product; warps that share k.
 SHOWN_FACTORED = ("m32n512k128x5f", "m64n384k128x5fc", "m128n128k256x3f", "m256n128k128x5fc")
-KERNELS = [(BY_NAME[name], torch.bfloat16 if name.startswith("m64") else torch.float16) for name in SHOWN]
-KERNELS += [(FACTORED[name], torch.bfloat16 if name.startswith("m64") else torch.float16) for name in SHOWN_FACTORED]
 
 
-@pytest.fixture(scope="module", params=KERNELS, ids=lambda p: f"{p[0].name}-{str(p[1])[6:]}")
-def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Configuration, torch.dtype, Launch]:
-    configuration, dtype = request.param
-    return configuration, dtype, build(configuration, dtype, tmp_path_factory.mktemp("build") / "csrc")
+def type_of(name: str) -> torch.dtype:
+    return torch.bfloat16 if name.startswith("m64") else torch.float16
 
 
-@pytest.mark.parametrize("group", [None, ACTIVATION_GROUP], ids=["tokens", "groups"])
-def test_products(kernel: tuple[Configuration, torch.dtype, Launch], group: int | None) -> None:
+# Scales of tokens, one for each group of so many of K or one for all, by turns: each is a build. Factored weights have one for all.
+KERNELS = [
+    pytest.param((BY_NAME[name], type_of(name), group), marks=[] if (group is None) == (i % 2 == 0) else [pytest.mark.slow])
+    for i, name in enumerate(SHOWN)
+    for group in (None, ACTIVATION_GROUP)
+]
+KERNELS += [pytest.param((FACTORED[name], type_of(name), None)) for name in SHOWN_FACTORED]
+Kernel = tuple[Configuration, torch.dtype, int | None, Launch]
+
+
+@pytest.fixture(scope="module", params=KERNELS, ids=lambda p: f"{p[0].name}-{str(p[1])[6:]}-{'groups' if p[2] else 'tokens'}")
+def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernel:
+    configuration, dtype, group = request.param
+    return configuration, dtype, group, build(configuration, dtype, tmp_path_factory.mktemp("build") / "csrc")
+
+
+def test_products(kernel: Kernel) -> None:
     """If this failed, the kernel would multiply wrongly: decoding, the order of activations, scales, edges, or how parts come together."""
-    configuration, dtype, launch = kernel
-    if configuration.factored and group is not None:
-        pytest.skip("factored weights have one scale for each token")
+    configuration, dtype, group, launch = kernel
     cases = CASES if group is None else [*CASES[:2], (7, 64, 160, -1, 2), *CASES[5:]]
     for m, n, k, group_size, ctas in [*cases, (5, 2 * configuration.columns + 72, 192, -1, 2)]:
         generator = torch.Generator().manual_seed(m)
@@ -54,22 +63,22 @@ def test_products(kernel: tuple[Configuration, torch.dtype, Launch], group: int 
             assert torch.equal(lazy, eager), f"{case} whole={whole}: the order of CTAs or copies changes the bits"
 
 
-def test_a_cluster_gives_the_same_bits(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
+def test_a_cluster_gives_the_same_bits(kernel: Kernel) -> None:
     """If this failed, sums that CTAs exchange through shared memory would meet in another order, or at wrong places."""
-    configuration, dtype, launch = kernel
+    configuration, dtype, group, launch = kernel
     if configuration.paired:
         pytest.skip("CTAs of a pair have different tiles")
     p, _ = random_packed(configuration, configuration.columns, 2 * configuration.k_step, 64, seed=5)
     activations = torch.randn(11, 2 * configuration.k_step, generator=torch.Generator().manual_seed(5)).to(dtype)
-    assert torch.equal(launch(activations, p, None, [0, 1], cluster=2), launch(activations, p, None, [0, 1]))
+    apart = launch(activations, p, None, [0, 1], activation_group=group)
+    assert torch.equal(launch(activations, p, None, [0, 1], cluster=2, activation_group=group), apart)
 
 
-def test_a_token_of_zeros_and_one_that_is_no_number(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
+def test_a_token_of_zeros_and_one_that_is_no_number(kernel: Kernel) -> None:
     """If this failed, padding tokens would be NaN, or an overflow before this linear would disappear in it."""
-    configuration, dtype, launch = kernel
+    configuration, dtype, group, launch = kernel
     p, _ = random_packed(configuration, 64, 128, 128, seed=0)
     activations = torch.ones(3, 128, dtype=dtype)
     activations[0], activations[1, 7] = 0, torch.inf
-    for group in (None,) if configuration.factored else (None, ACTIVATION_GROUP):
-        out = launch(activations, p, None, list(range(configuration.pair)), activation_group=group)
-        assert not out[0].any() and out[1].isnan().all() and out[2].isfinite().all()
+    out = launch(activations, p, None, list(range(configuration.pair)), activation_group=group)
+    assert not out[0].any() and out[1].isnan().all() and out[2].isfinite().all()

@@ -9,27 +9,21 @@ import pytest
 import torch
 
 from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SPARSE, SPARSE_SM90, Configuration, group_shift
-from tests.kernels.software_kernel import NAMED, Launch, build, random_packed
+from tests.kernels.representatives import TYPES, with_types
+from tests.kernels.software_kernel import Launch, build, random_packed
 
 EPSILON = {torch.float16: 2**-11, torch.bfloat16: 2**-8}  # of rounding to the output
 
-# With wgmma each group size is a build of its own: of those configurations the ones that differ in more than their sizes.
-HOPPER = [
-    *(NAMED[name] for name in ("m8n384k256x3", "m8n256k256x5", "m16n128k512x3", "m32n384k256x3", "m32n128k256x5")),
-    *(NAMED[name] for name in ("m48n128k256x4w", "m64n512k128x4w", "m64n128k256x3w", "m96n128k128x4w")),
-    *(NAMED[name] for name in ("m8n384k256x4s", "m8n256k256x6s", "m16n128k512x4s", "m32n128k256x5s", "m48n384k256x3ws")),
-    *(NAMED[name] for name in ("m48n128k256x4ws", "m64n256k256x3ws", "m96n256k128x5ws")),
-]
-KERNELS = [
-    *((c, torch.float16) for c in (*DENSE, *SPARSE, *HOPPER)),
-    *(
-        (c, torch.bfloat16)
-        for c in (DENSE[0], DENSE[4], SPARSE[0], SPARSE[4], DENSE_SM90[0], DENSE_SM90[-1], SPARSE_SM90[0], SPARSE_SM90[-1])
-    ),
+KERNELS = with_types(DENSE, SPARSE, DENSE_SM90, SPARSE_SM90, largest=False)
+SLOW = [
+    pytest.param((c, dtype), marks=pytest.mark.slow)
+    for c in (*DENSE, *SPARSE, *DENSE_SM90, *SPARSE_SM90)
+    for dtype in TYPES
+    if (c, dtype) not in KERNELS
 ]
 
 
-@pytest.fixture(scope="module", params=KERNELS, ids=lambda p: f"{p[0].name}-{str(p[1])[6:]}")
+@pytest.fixture(scope="module", params=[*KERNELS, *SLOW], ids=lambda p: f"{p[0].name}-{str(p[1])[6:]}")
 def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Configuration, torch.dtype, Launch]:
     configuration, dtype = request.param
     return configuration, dtype, build(configuration, dtype, tmp_path_factory.mktemp("build") / "csrc")

@@ -198,16 +198,10 @@ def test_the_software_gpu_sees_mistakes(group: int | None, right: str, wrong: st
 )
 def test_it_compiles_without_spills(architecture: str) -> None:
     """If this failed, rounding would run at the rate of local memory, or not at all on that GPU; or read x before it has been written."""
-    for dtype, k, group in [
-        (torch.float16, 8192, None),
-        (torch.bfloat16, 18432, None),
-        (torch.bfloat16, 1024, None),
-        (torch.float16, 8192, 128),
-    ]:
+    kinds = [(torch.float16, 8192, None), (torch.bfloat16, 18432, None), (torch.bfloat16, 1024, None), (torch.float16, 8192, 128)]
+    cubins = [jit.cubin("round_activations.cu", defines(*kind), architecture, CUBINS) for kind in kinds]
+    for (dtype, k, group), code in zip(kinds, disassemble("round_activations", architecture, cubins), strict=True):
         threads, pieces = shape_of(k, group)
-        (code,) = disassemble(
-            "round_activations", architecture, [jit.cubin("round_activations.cu", defines(dtype, k, group), architecture, CUBINS)]
-        )
         case = (architecture, dtype, k, group)
         assert (code.stack, code.local) == (0, 0), case
         assert code.registers <= (64 if pieces == 4 or threads == 32 else 48), case

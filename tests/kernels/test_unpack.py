@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from marlinctl.kernels.configurations import DENSE, SPARSE, group_shift
 from marlinctl.kernels.launch import unpack, unpack_defines, unpack_shared_bytes
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 from tests.kernels.built import CUBINS
-from tests.kernels.machine_code import disassemble
+from tests.kernels.machine_code import MachineCode, disassemble
 from tests.kernels.software_driver import SoftwareDriver, install, software_unpack
 from tests.kernels.software_kernel import aligned, compiled, random_packed
 from tests.kernels.test_compile import ARCHITECTURES, RESERVED_BYTES
@@ -82,12 +83,19 @@ def test_the_software_gpu_sees_mistakes(sparse: bool, right: str, wrong: str, tm
     assert not torch.equal(out, weight.half())
 
 
+@functools.cache
+def machine_code(architecture: str) -> dict[tuple[bool, torch.dtype], MachineCode]:
+    """Of every kind: the disassembler is started once."""
+    codes = [jit.cubin("unpack.cu", unpack_defines(*kind), architecture, CUBINS) for kind in KINDS]
+    return dict(zip(KINDS, disassemble("unpack", architecture, codes), strict=True))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "sm_100", "sm_120"])
 @pytest.mark.parametrize(("sparse", "dtype"), KINDS, ids=IDS)
 def test_machine_code(sparse: bool, dtype: torch.dtype, architecture: str) -> None:
     """If this failed, dequantizing would be bound by something else than memory: spills, or reads and writes of fewer bytes."""
-    (code,) = disassemble("unpack", architecture, [jit.cubin("unpack.cu", unpack_defines(sparse, dtype), architecture, CUBINS)])
+    code = machine_code(architecture)[sparse, dtype]
     assert (code.stack, code.local) == (0, 0)
     assert code.count(r"(LDL|STL)\b.*") == 0
     assert code.shared <= RESERVED_BYTES, "all shared memory is asked for by the host"

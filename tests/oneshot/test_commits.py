@@ -263,7 +263,10 @@ def stop_and_resume(
     assert published(place / "stopped") == published(place / "whole")
 
 
-@pytest.mark.parametrize("kind", REPLAYED)
+QUICK = ("experts with drift correction", "pruned, 4-bit, one linear skipped")  # each has what the others have
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in REPLAYED])
 def test_a_replay_ends_where_the_run_would_have(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, a run resumed without kept states would solve the rest of the model for other inputs."""
     if "experts" in kind:

@@ -378,7 +378,9 @@ with Processes("cpu") as processes, open_checkpoint(Path(sys.argv[1])) as checkp
 """
 
 
-@pytest.mark.parametrize(("count", "experts"), [(2, False), (3, False), (2, True), (3, True)])
+@pytest.mark.parametrize(
+    ("count", "experts"), [(2, False), (3, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, False), (2, True)))]
+)
 def test_sums_rows_and_states_are_those_of_one_process(place: Place, tmp_path: Path, count: int, experts: bool) -> None:
     """Codes agree up to ties and hide a sum that is slightly wrong: here no code is rounded between one Hessian and the next."""
     with (tmp_path / "said").open("w") as out, (tmp_path / "told").open("w") as err:

@@ -36,7 +36,12 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model.eval()(ids).logits.double()
 
 
-@pytest.mark.parametrize("model_type", sorted(zoo.ZOO))
+# Multipliers, norms behind branches, sandwich norms, two layouts of experts, fused linears, biases with a tied head. What rows of the table
+# say is compared for all of them, with transformers' models and with their code: test_sequential.py and tests/models/test_derivation.py.
+WHOLE = ("exaone4", "gemma3_text", "granite", "mixtral", "phi3", "qwen2", "qwen3_moe")
+
+
+@pytest.mark.parametrize("model_type", [pytest.param(t, marks=() if t in WHOLE else pytest.mark.slow) for t in sorted(zoo.ZOO)])
 def test_every_architecture_goes_all_the_way(model_type: str, tmp_path: Path, text: Path) -> None:
     """If any tensor were lost, misnamed or wrongly packed, transformers would compute other logits than the dequantized weights give."""
     from transformers import AutoModelForCausalLM

@@ -47,7 +47,7 @@ def distance(folder: Path, original: Path) -> float:
     return float((ours - theirs).square().mean() / theirs.square().mean())
 
 
-@pytest.mark.parametrize("pattern", ["none", "2:4"])
+@pytest.mark.parametrize("pattern", ["none", pytest.param("2:4", marks=pytest.mark.slow)])
 def test_codes_stay_and_the_model_comes_closer(tmp_path: Path, text: Path, pattern: str) -> None:
     """If the scales that were tuned were not those that are written, or belonged to other codes, the model would be further away."""
     source = zoo.build("qwen2", tmp_path / "model")
@@ -79,7 +79,7 @@ def test_what_is_written_is_what_the_next_block_was_given(tmp_path: Path, text: 
     assert main(["verify", str(tmp_path / "out"), "-q"]) == 0
 
 
-@pytest.mark.parametrize("pattern", ["none", "2:4"])
+@pytest.mark.parametrize("pattern", [pytest.param("none", marks=pytest.mark.slow), "2:4"])
 def test_verify_knows_what_was_tuned(tmp_path: Path, text: Path, pattern: str) -> None:
     """It would take a norm that was tuned for one of another model: of compress with sparse-int4, and of every packed form. What another
     tool has changed must be found all the same."""
@@ -104,7 +104,7 @@ def test_exponents_of_a_recurrence_stay(tmp_path: Path) -> None:
     assert not [name for name in names if name.endswith(("A_log", "dt_bias"))]
 
 
-@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("replayed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replayed: bool) -> None:
     """If the original's norms were used for a finished block, or the tuned ones for the original model, all later codes would differ."""
     make_tiny(tmp_path / "model", **SIZES)

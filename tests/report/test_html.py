@@ -157,7 +157,7 @@ def test_the_bits_are_those_of_the_format() -> None:
 ODD = (0.0, -0.0, float("nan"), float("inf"), -1.0, 1e-300, 1e300, None)
 
 
-@pytest.mark.parametrize("odd", ODD, ids=str)
+@pytest.mark.parametrize("odd", [pytest.param(odd, marks=pytest.mark.slow if odd in (-1.0, 1e-300) else ()) for odd in ODD], ids=str)
 def test_no_figure_stops_the_page(odd: float | None) -> None:
     """The page is made after hours of work: a figure that nobody foresaw must not be their end."""
     names = ["model.layers.0.q", "model.layers.999999999999999999.q", "lm_head", "model.layers.3.experts.7.up_proj", ""]

@@ -24,7 +24,7 @@ from marlinctl.sparsify.masked_ls import improve_mask
 from marlinctl.sparsify.sparsegpt import PruneSettings, prune, prune_and_quantize
 from marlinctl.sparsify.types import check_mask
 from tests.kernels.built import CUBINS
-from tests.kernels.machine_code import disassemble
+from tests.kernels.machine_code import usage_of
 from tests.kernels.test_compile import RESERVED_BYTES
 from tests.quantize.test_solver import hessian
 from tests.solver_kernels.software import install
@@ -245,7 +245,7 @@ REST = [
 
 
 def check_machine_code(name: str, defines: tuple[str, ...], architecture: str) -> None:
-    (code,) = disassemble(name, architecture, [jit.cubin(f"{name}.cu", defines, architecture, CUBINS, SOURCES)])
+    code = usage_of(jit.cubin(f"{name}.cu", defines, architecture, CUBINS, SOURCES))
     assert (code.stack, code.local) == (0, 0), "registers are spilled"
     assert code.shared <= RESERVED_BYTES, "all shared memory is asked for by the host"
 
