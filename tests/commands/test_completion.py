@@ -45,7 +45,7 @@ def ask(words: str, place: int) -> list[tuple[str, str]]:
     [
         ("marlinctl quan", 1, [("plain", "quantize")]),
         ("marlinctl recipes s", 2, [("plain", "show")]),
-        ("marlinctl quantize --gro", 2, [("plain", "--group-size")]),
+        ("marlinctl quantize --group-si", 2, [("plain", "--group-size")]),
         ("marlinctl quantize --mask-s", 2, [("plain", "--mask-sweeps")]),  # which --help leaves out
         ("marlinctl quantize --help-", 2, [("plain", "--help-all")]),
         ("marlinctl quantize --act-order s", 3, [("plain", "static")]),
@@ -77,7 +77,7 @@ def test_in_a_real_bash(program: Path) -> None:
         pytest.skip("needs bash")
     script = """
         source <(marlinctl completion bash)
-        COMP_WORDS=(marlinctl quantize --group); COMP_CWORD=2
+        COMP_WORDS=(marlinctl quantize --group-si); COMP_CWORD=2
         _marlinctl_completion marlinctl; printf '%s\\n' "${COMPREPLY[@]}"
         complete -p marlinctl
     """

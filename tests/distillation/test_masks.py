@@ -27,7 +27,8 @@ from tests.distillation.test_open import refused
 from tests.pruned import edit_tensor, keep_largest, prune, prune_and_quantize, read_all, write_masks
 from tests.tiny import make_tiny
 
-CAST = {"mask": "renewed", "mask_interval": 3, "ce": 2 / 3, "kl": 1 / 3, "squarehead": 0.0}
+FIXED = {"mask": "fixed", "ce": 2 / 3, "kl": 1 / 3, "squarehead": 0.0}
+CAST = FIXED | {"mask": "renewed", "mask_interval": 3}
 UP = "model.layers.1.mlp.up_proj"
 
 
@@ -183,7 +184,7 @@ def test_the_result_is_two_of_four(place: Path, tmp_path: Path, student: str) ->
 def test_what_is_measured_is_what_is_published(place: Path, tmp_path: Path) -> None:
     """A loss of the dense weights, with what the masks prune still in them, would promise more than the folder holds."""
     report = run(place, tmp_path / "out", student="other")
-    again = distill(tmp_path / "out", tmp_path / "more", place / "teacher", recipe(place / "text.txt", **(CAST | {"mask": "fixed"})))
+    again = distill(tmp_path / "out", tmp_path / "more", place / "teacher", recipe(place / "text.txt", **FIXED))
     assert again["held_out"]["before"] == pytest.approx(report["held_out"]["after"], rel=1e-6)
 
 
@@ -265,7 +266,7 @@ def test_a_fixed_mask_leaves_the_state_as_it_was(place: Path, tmp_path: Path, mo
     """Jobs of an earlier version resume: the same fingerprint, and no mask in the state."""
     crash_after(monkeypatch, 8)
     with pytest.raises(Crash):
-        run(place, tmp_path / "out", mask="fixed", mask_interval=10)
+        distill(place / "student", tmp_path / "out", place / "teacher", recipe(place / "text.txt", **FIXED))
     fingerprint = json.loads((tmp_path / "out.job" / "journal.jsonl").read_text().splitlines()[0])["fingerprint"]
     assert not [key for key in fingerprint["recipe"] if key.startswith("mask")]
     with safe_open(tmp_path / "out.job" / "state-00000005.safetensors", "pt") as state:

@@ -105,7 +105,7 @@ def test_every_configuration_in_every_way_of_sharing(configuration: Configuratio
 @ways
 def test_the_operator(rounding: Rounding, factored: bool, dtype: torch.dtype) -> None:
     """If this failed, a model with 8-bit activations would compute something else than `eval` on a CPU says."""
-    for n, k, group_size in ((80, 64, 32), (70, 100, -1), (896, 18432, 128), (6144, 4096, 128)):
+    for n, k, group_size in ((80, 64, 32), (70, 100, -1), (896, 18432, 128), (28672, 4096, 128)):
         linear = linear_of(n, k, group_size, factored)
         for m in (1, 7, 64, 129, 1000):
             x, bias = linear.inputs(m, dtype), torch.randn(n, device="cuda").to(dtype)
@@ -121,7 +121,7 @@ def test_the_operator(rounding: Rounding, factored: bool, dtype: torch.dtype) ->
 @ways
 def test_activations_of_a_mean_and_with_outliers(rounding: Rounding, factored: bool) -> None:
     """If this failed, sums would not be exact where activations are shifted, or where one of them is a hundred times the others."""
-    linear = linear_of(6144, 4096, 128, factored)
+    linear = linear_of(28672, 4096, 128, factored)
     assert has_eight_bits(linear, 1024, rounding, factored)
     shifted = linear.inputs(1024, torch.float16) + 1
     outliers = linear.inputs(1024, torch.float16)

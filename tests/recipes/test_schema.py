@@ -164,6 +164,12 @@ def test_a_group_of_activations_without_rounding_is_refused_in_a_file(tmp_path: 
         load_recipe(write(tmp_path, "extends: mine.yaml\nquantize: {activations: 16-bit, activation_group: -1}", "other.yaml"))
 
 
+def test_the_recipe_for_rounded_activations_is_the_fast_one() -> None:
+    """If one of these were missing, folders would be run by a kernel that takes up to 1.4 times as long, or lose what a rotation gains."""
+    q = load_recipe("int4-a8").quantize
+    assert (q.activations, q.activation_group, q.group_scales, q.rotate) == ("int8", -1, "integer", "auto")
+
+
 def test_who_turns_rounding_off_need_not_know_its_groups(tmp_path: Path) -> None:
     """If the group of the recipe below stayed, --activations 16-bit would be refused, or the recipe that is published could not be read."""
     rounding = load_recipe(write(tmp_path, "extends: int4-a8\nquantize: {activation_group: -1}"))
