@@ -4,7 +4,8 @@
                        rows 0 .. G'-1  factors, -15 .. 16, in the order of scales of groups
                        row  G'         channel scales, the bits of float16, in the order of channel-wise scales
 
-Channel-wise scales are of that form as they are: no factors, and one row.
+Channel-wise scales are of that form as they are: no factors, and one row. Outputs whose scales are all 0, with which servers fill the gaps
+between linears that they join, have a channel scale of 0.
 """
 
 from __future__ import annotations
@@ -30,10 +31,13 @@ def factored_scales(p: PackedLinear) -> Tensor | None:
         return p.scales.view(torch.int16)
     columns = torch.arange(p.out_features, device=p.scales.device)
     slots = grouped_slot(columns)
-    found = split(p.scales[: p.groups, slots].T)
+    scales = p.scales[: p.groups, slots].T  # [N, G]
+    zero = ~scales.any(-1, keepdim=True)
+    found = split(scales.masked_fill(zero, 1.0))
     if found is None:
         return None
     factors, channel_scales = found  # [N, G], [N]
+    channel_scales = channel_scales.masked_fill(zero.squeeze(-1), 0.0)
     rows = torch.ones(p.padded_groups, p.scales.shape[1], dtype=torch.int16, device=p.scales.device)  # padding: times activations of 0
     rows[: p.groups, slots] = factors.T.to(torch.int16)
     last = torch.zeros_like(rows[:1])
