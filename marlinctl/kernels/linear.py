@@ -151,9 +151,12 @@ class MarlinLinear(_Packed):
         if self.rounding == "none":
             plain: Tensor = marlin_gemm(x, self.B, self.s, self.out_features, self.group_size, self.bias, self.overlap)
             return plain
-        if x.is_cuda and not self._knows_factors:
-            self.split_scales()
-        more = (self.overlap, self.rounding, self.factored)
+        factored = None
+        if self.rounding == "int8" and self.overlap and x.is_cuda:  # without overlap scales may be changed, as said above
+            if not self._knows_factors:
+                self.split_scales()
+            factored = self.factored
+        more = (self.overlap, self.rounding, factored)
         out: Tensor = marlin_gemm(x, self.B, self.s, self.out_features, self.group_size, self.bias, *more)
         return out
 
@@ -162,9 +165,8 @@ class MarlinLinear(_Packed):
     )
     def split_scales(self) -> None:
         """What the first call on a GPU does: finds whether the kernel for factored weights can multiply with these scales."""
-        changing = not self.overlap  # scales that are going to be changed: see above
-        self.factored = factored_scales(self._as_packed()) if self.rounding == "int8" and not changing else None
-        self._knows_factors = True
+        if self.rounding == "int8":
+            self.factored, self._knows_factors = factored_scales(self._as_packed()), True
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)

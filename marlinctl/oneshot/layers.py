@@ -36,7 +36,7 @@ from marlinctl.oneshot.sequential import SequentialPipeline, TunedBlock
 from marlinctl.oneshot.solve import Outcome, StackedSolver, StackOutcome
 from marlinctl.oneshot.tuning import Tuned, TuneSettings, holds_out, tunable, tune_block
 from marlinctl.planning.memory import Work, experts_together
-from marlinctl.quantize.integer_scales import split
+from marlinctl.quantize.integer_fit import has_form
 from marlinctl.quantize.scheme import INT4, SIXTEEN_BIT, Activations, Grid, Rounding
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
@@ -393,7 +393,9 @@ class LayerQuantizer:
     def _integer_scales(self, result: Tensor | QuantizedLinear) -> bool | None:
         if not (self.solver.settings.integer_scales and self.scheme.quantizes):
             return None
-        return isinstance(result, QuantizedLinear) and result.grid == INT4 and split(result.scales) is not None
+        if not isinstance(result, QuantizedLinear) or result.grid != INT4:
+            return False
+        return None if result.scales.shape[-1] == 1 else has_form(result.scales)  # one scale for each row is of the form whatever it is
 
 
 def _equalization(opened: RunInputs, recipe: Recipe, folded: Folded, before: Orders, processes: Processes) -> Equalization | None:

@@ -114,7 +114,8 @@ def fit_to_codes(normal: Tensor, right: Tensor, solved: Tensor, scales: Tensor, 
 
 
 def _split(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors [..., N, G] and channel scales [..., N, 1], float32, of scales [..., N, G] that have the form."""
+    """Factors [..., N, G] and channel scales [..., N, 1], float32, of scales [..., N, G]. ValueError where they lack the form."""
     found = split(scales.flatten(0, -2))
-    assert found is not None, "scales of the form"
+    if found is None:
+        raise ValueError(f"scales {list(scales.shape)} are not small integers times one number for each row")
     return found[0].float().view_as(scales), found[1].float().view_as(scales[..., :1])

@@ -252,7 +252,7 @@ def resolve(recipe: Recipe, overrides: Mapping[str, Any], *, deprecated: Callabl
         if values[section].get(field) != value:
             changes.append(f"{flag} {_spoken(value)} instead of {_spoken(values[section].get(field))} (recipe {recipe.name})")
         values[section][field] = value
-    _drop_activation_group(values, given)
+    _drop_rounding(values, given)
     return _validate(_Layer(values, places, Place(f"recipe {recipe.name}")), error_id="E202", given=places), changes
 
 
@@ -344,15 +344,17 @@ def _with_parents(found: _Found, children: tuple[str, ...], deprecated: Callable
         raise UsageError("E206", "recipes extend each other in a circle", where=where, fix=f"end the chain at {DEFAULT}")
     base = _with_parents(base_file, chain, deprecated)
     merged = _merge(base.values, own)
-    _drop_activation_group(merged, own)
+    _drop_rounding(merged, own)
     return _Layer(merged, {**base.places, **places}, origin)
 
 
-def _drop_activation_group(values: dict[str, Any], own: Mapping[str, Any]) -> None:
-    """Whoever turns the rounding of another recipe off means its groups too."""
+def _drop_rounding(values: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Whoever turns the rounding of another recipe off means its groups too, and the scales that only kernels for it have a use for."""
     said = own.get("quantize")
-    if isinstance(said, Mapping) and said.get("activations") == "16-bit" and "activation_group" not in said:
-        values["quantize"]["activation_group"] = ACTIVATION_GROUP
+    if isinstance(said, Mapping) and said.get("activations") == "16-bit":
+        for name, default in (("activation_group", ACTIVATION_GROUP), ("group_scales", "float16")):
+            if name not in said:
+                values["quantize"][name] = default
 
 
 def _merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

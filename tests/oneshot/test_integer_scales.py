@@ -87,7 +87,8 @@ def test_linears_of_other_codes_are_as_before(tmp_path: Path, text: Path) -> Non
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("ct", "plain"))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items() if name.startswith(first))
     said = {layer["name"].rpartition(".")[2]: layer["integer_scales"] for layer in report["layers"]}
-    assert said == {**dict.fromkeys(("q_proj", "k_proj", "gate_proj", "up_proj", "o_proj"), True), "down_proj": False, "v_proj": False}
+    integer = dict.fromkeys(("q_proj", "k_proj", "gate_proj", "up_proj"), True)
+    assert said == {**integer, "o_proj": None, "down_proj": False, "v_proj": False}
 
 
 def test_they_are_reported_and_found(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,7 +174,9 @@ def test_who_turns_rounding_off_need_not_know_its_groups(tmp_path: Path) -> None
     """If the group of the recipe below stayed, --activations 16-bit would be refused, or the recipe that is published could not be read."""
     rounding = load_recipe(write(tmp_path, "extends: int4-a8\nquantize: {activation_group: -1}"))
     without, _ = resolve(rounding, {"quantize.activations": "16-bit"})
-    assert without.quantize == rounding.quantize.model_copy(update={"activations": "16-bit", "activation_group": 128})
+    assert without.quantize == rounding.quantize.model_copy(
+        update={"activations": "16-bit", "activation_group": 128, "group_scales": "float16"}
+    )
     assert load_recipe(write(tmp_path, without.to_yaml(), "again.yaml")) == without
     child = load_recipe(write(tmp_path, "extends: mine.yaml\nquantize: {activations: 16-bit}", "child.yaml"))
     assert child.quantize == without.quantize

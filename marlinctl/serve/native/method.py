@@ -57,8 +57,9 @@ class PackedLinearMethod:
             if not place.covered and len(shape) == 2:
                 getattr(layer, suffix).data.fill_(_padding(self.format, suffix))
         self.product = Multiplied(self.sparse, self.out_features, place.inputs, self.product_group, dtype, self.rounding)
-        # Which kernels have int8 activations depends on scales, which are not there yet: `finish` asks for them.
-        products.expect(replace(self.product, rounding="none") if self.rounding == "int8" else self.product)
+        # Whether scales are factored is known when they are there: `finish` asks for the other kernels where they are not.
+        self.product = replace(self.product, factored=self.rounding == "int8")
+        products.expect(self.product)
 
     def _register(self, layer: torch.nn.Module, suffix: str, values: Tensor) -> None:
         parameter = Parameter(values, requires_grad=False)
@@ -98,8 +99,12 @@ class PackedLinearMethod:
         if hasattr(layer, self.format.shape_from):
             delattr(layer, self.format.shape_from)  # it has done its work, and no product needs it
         if self.rounding == "int8":
-            layer.register_buffer(FACTORED, factored_scales(self._packed(layer)), persistent=False)
-            self.product = replace(self.product, factored=getattr(layer, FACTORED) is not None)
+            standing, found = getattr(layer, FACTORED, None), factored_scales(self._packed(layer))
+            if standing is not None and found is not None:
+                standing.copy_(found)  # weights that are loaded again, beside graphs that have its address
+            else:
+                layer.register_buffer(FACTORED, found, persistent=False)
+            self.product = replace(self.product, factored=found is not None)
             products.expect(self.product)
         products.compile_expected(getattr(layer, self.scales).device, log)
 
@@ -128,7 +133,10 @@ class PackedLinearMethod:
         return out if bias is None else out + bias
 
     def fill_at_random(self, layer: torch.nn.Module) -> None:
-        """Codes and places: the power that a GPU takes, and so its clock, depends on them. Scales stay as they are."""
+        """Codes and places: the power that a GPU takes, and so its clock, depends on them. Scales stay as they are, but beside int8
+        activations, for which random ones would choose another kernel than those of a real folder."""
+        if self.rounding == "int8":
+            getattr(layer, self.scales).data.fill_(2.0**-10)
         for suffix, kind in self.format.tensors.items():
             parameter = getattr(layer, suffix).data
             if kind == METADATA:
