@@ -11,7 +11,7 @@ A launch needs a workspace in which CTAs that share an output tile meet:
     counters       int32, zero before and after: the last   kept, as zeroing them would cost each launch as much as another kernel;
                    CTA of a tile sets its counter back      never shared by launches that may run at the same time
 
-CTAs of a thread block cluster that is no pair meet in shared memory, and need none of it.
+CTAs of a thread block cluster, pairs excepted, meet in shared memory and need none of it.
 
 Counters are handed out once and never again: to a stream, whose launches follow each other, or to one capture on a stream, whose graph
 may be replayed anywhere, beside anything. They come from memory of our own, 1 MiB at a time. Tensors would not do: what a tensor

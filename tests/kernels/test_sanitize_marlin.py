@@ -56,7 +56,7 @@ def test_a_run_has_few_launches(kernels: str, quick: bool, most: int) -> None:
 
 
 def test_16_bit_products_and_roundings() -> None:
-    """If dense or sparse configurations went missing with the new ones, or a number of pieces of a thread, nobody would notice."""
+    """If dense or sparse configurations went missing with the new ones, or a number of pieces of a thread, it would stay unseen."""
     for kernels in ("dense", "sparse"):
         found = {(one.configuration, one.dtype) for one in subject.cases(kernels, HOPPER, quick=True)}
         assert found == set(itertools.product((c for c in configurations(kernels) if c.fits(HOPPER)), subject.DTYPES))

@@ -92,7 +92,7 @@ def test_linears_of_other_codes_are_as_before(tmp_path: Path, text: Path) -> Non
 
 
 def test_they_are_reported_and_found(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """If nothing said so, nobody would know why one folder is faster than another."""
+    """If nothing said so, two folders with the same recipe name would differ in speed for an unknown reason."""
     source = zoo.build("llama", tmp_path / "model", dtype=torch.bfloat16)
     (tmp_path / "mine.yaml").write_text("extends: int4\ncalibration: {minimum_tokens: 256}\nquantize: {group_scales: integer}\n")
     size = ["--samples", "8", "--sequence-length", "64", "--group-size", "32", "--dtype", "float32"]

@@ -257,7 +257,7 @@ def test_one_wrong_weight_fails_with_rounded_activations(rounding: Rounding) -> 
 def test_verify_multiplies_rounded_activations_where_the_folder_allows_them(
     rounding_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """If this failed, a folder for int8 activations would be published whose products nobody has looked at."""
+    """If this failed, a folder for int8 activations would be published without a check of its products."""
     checked = verify(rounding_folder, source=None, load=False, console=Console.quiet()).kernels
     assert checked is not None and (checked.rounded, checked.rounded_by) == (checked.linears - 1, "emulator")
     monkeypatch.setattr(kernels, "cuda_kernel", lambda console, rounds: ROUNDING_KERNEL)
@@ -282,7 +282,7 @@ def test_verify_fails_where_rounded_activations_give_another_product(rounding_fo
 
 
 def test_what_is_multiplied_is_what_the_rounding_says() -> None:
-    """If this failed, verify would compare a kernel with activations that nobody rounds so."""
+    """If this failed, verify would compare a kernel with activations that are rounded in another way."""
     x = torch.randn(3, 200, generator=torch.Generator().manual_seed(0)).half()
     for rounding, size in (("int8", 200), ("int8-128", 128)):
         steps = [part.double().abs().amax(1, keepdim=True) / 127 for part in x.split(size, 1)]
