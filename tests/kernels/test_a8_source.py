@@ -44,7 +44,8 @@ def test_products(kernel: Kernel) -> None:
     """If this failed, the kernel would multiply wrongly: decoding, the order of activations, scales, edges, or how parts come together."""
     configuration, dtype, group, launch = kernel
     cases = CASES if group is None else [*CASES[:2], (7, 64, 160, -1, 2), *CASES[5:]]
-    for m, n, k, group_size, ctas in [*cases, (5, 2 * configuration.columns + 72, 192, -1, 2)]:
+    whole_ones_in_turn = (2 * configuration.tokens + 1, (2 * configuration.pair - 1) * configuration.columns + 8, 64, 64, 2)  # three for each
+    for m, n, k, group_size, ctas in [*cases, (5, 2 * configuration.columns + 72, 192, -1, 2), whole_ones_in_turn]:
         generator = torch.Generator().manual_seed(m)
         p, weight = random_packed(configuration, n, k, group_size, seed=m)
         activations = torch.randn(m, k, generator=generator).to(dtype)

@@ -38,7 +38,8 @@ def test_products(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
     """If this failed, the kernel would multiply wrongly: fragments, swizzle, scales, edges, or the way parts of a tile come together."""
     configuration, dtype, launch = kernel
     more_tiles_than_ctas = (5, 2 * configuration.columns + 72, 192, 64, 2)  # a whole one for each, and one that is cut
-    for m, n, k, group_size, ctas in [*CASES, more_tiles_than_ctas]:
+    whole_ones_in_turn = (2 * configuration.tokens + 1, configuration.columns + 8, 64, 64, 2)  # three for each
+    for m, n, k, group_size, ctas in [*CASES, more_tiles_than_ctas, whole_ones_in_turn]:
         generator = torch.Generator().manual_seed(m)
         p, weight = random_packed(configuration, n, k, group_size, seed=m)
         activations = torch.randn(m, k, generator=generator).to(dtype)

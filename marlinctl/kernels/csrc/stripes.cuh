@@ -9,10 +9,13 @@
 // The partial sums of a tile that several CTAs share are reduced by `complete` (tile.cuh), which costs more than any other step: they go
 // to memory and back. So a CTA may be given `whole` tiles of its own, and only the units before these are cut into runs:
 //
-//   units   | tile 0: k 0 1 2 3 | tile 1: k 0 1 2 3 | tile 2: .. | tile 3: .. |      whole = 1, two CTAs
-//   CTAs    |         0         |         1         |     0      |     1      |      (here every tile has one CTA)
+//   units   | tile 0: k 0 1 2 3 | tile 1: .. | tile 2: .. | tile 3: .. | tile 4: .. |      whole = 2, two CTAs
+//   CTAs    |    0    |    1    |     0      |     1      |     0      |     1      |
 //
-// Its run of the cut tiles comes first: while some CTAs reduce, others compute whole tiles.
+// Its run of the cut tiles comes first: while some CTAs reduce, others compute whole tiles. The tile of m is the fastest of the two, and whole
+// tiles are dealt out in turn. So CTAs that work at the same time have the same weights, as many as there are tiles of m, and all tiles of m
+// near the same k: both come from memory once. With consecutive tiles for each CTA every tile of m brought the weights anew, and 4,096 tokens
+// took a tenth longer (73728 x 18432, int8; docs/log/2026-12-01-tile-order.md).
 //
 // PAIRS.  On Hopper two CTAs of a cluster may be a pair: neighbouring tiles of n with the same tokens and the same k, so that each copies
 // half of the activations, to both (pipeline_sm90.cuh). Then what is cut into runs is pairs of tiles, and CTAs below are pairs of CTAs.
@@ -58,9 +61,10 @@ struct Stripes {
     }
 
     __device__ __forceinline__ Cursor at(int unit) const {
-        const int tile = unit / steps;
+        const int in_whole = unit - resume;  // negative in the run of cut tiles
+        const int tile = in_whole < 0 ? unit / steps : cut + in_whole / steps * (cta_count() / PAIR) + cta_index() / PAIR;
         const int slice = tile / token_tiles * PAIR + static_cast<int>(rank_in_pair());
-        return Cursor{slice, tile % token_tiles, unit % steps, unit};
+        return Cursor{slice, tile % token_tiles, (in_whole < 0 ? unit : in_whole) % steps, unit};
     }
 
     __device__ __forceinline__ Cursor first() const { return at(begin); }
@@ -72,11 +76,7 @@ struct Stripes {
         if (++at.unit == jump) {
             at = this->at(resume);
         } else if (++at.step == steps) {
-            at.step = 0;
-            if (++at.token_tile == token_tiles) {
-                at.token_tile = 0;
-                at.slice += PAIR;
-            }
+            at = this->at(at.unit);
         }
     }
 
