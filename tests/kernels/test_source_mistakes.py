@@ -18,7 +18,7 @@ SHARED = [  # by both kernels, in one text
     ("(cta == first_cta ? 1 : 0)", "0", "parts in one place"),
     ("a[1] = Number::lower(word >> 8)", "a[1] = Number::lower(word >> 4)", "nibbles"),
 ]
-DENSE_ALONE = [("(role.k_warp * OWN + word) * 16", "word * 16", "wrong words")]
+DENSE_ALONE = [("role.first_word + role.k_warp * OWN + word", "role.first_word + word", "wrong words")]
 SPARSE_ALONE = [
     ("mma_sparse<0>", "mma_sparse<1>", "selector"),
     ("its_half * 128", "0", "one half of the metadata for all words"),

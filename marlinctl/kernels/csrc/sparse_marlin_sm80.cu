@@ -59,7 +59,7 @@ struct SparseWeights {
         const unsigned meta_at = shared_base + stage_index * S::BYTES + S::META_AT, activations_at = meta_at + S::META_BYTES;
         const int first_tile = step * S::K_TILES;
         const unsigned matrix = lane / 8;  // that this lane names for ldmatrix: of metadata a half of a tile, of activations 8 of k
-        const unsigned its_tile = SPLIT == 1 ? matrix / 2 : matrix, its_half = SPLIT == 1 ? matrix % 2 : role.word_of_rows(lane % 8 / 2) / 2;
+        const unsigned its_tile = SPLIT == 1 ? matrix / 2 : matrix, its_half = SPLIT == 1 ? matrix % 2 : role.first_word / 2;
         const unsigned row = lane % 8, chunk = matrix ^ row;  // its token, and its 8 of k, swizzled, in the first tile
         unsigned e[4];
 #pragma unroll

@@ -63,7 +63,7 @@ struct SparseWeights {
     ) {
         using S = Stage<SparseWeights>;
         const unsigned matrix = role.lane / 8;  // that this lane names for ldmatrix: a half of a tile
-        const unsigned its_tile = SPLIT == 1 ? matrix / 2 : matrix % 2, its_half = SPLIT == 1 ? matrix % 2 : role.word_of_rows(role.lane % 8 / 2) / 2;
+        const unsigned its_tile = SPLIT == 1 ? matrix / 2 : matrix % 2, its_half = SPLIT == 1 ? matrix % 2 : role.first_word / 2;
         return shared_base + stage_index * S::BYTES + S::META_AT + ((first_tile + its_tile) * BLOCKS + role.block) * 256 +
                its_half * 128 + role.lane % 8 * 16;
     }

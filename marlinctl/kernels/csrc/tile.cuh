@@ -51,13 +51,6 @@ using Sums = float[WORDS][SLABS][4];
 using OwnSums = float[OWN][SLABS][4];
 
 // The thread's role in the CTA: its warp's share of k, its block of 64 columns, and the first of its words.
-//
-// Where SPLIT warps share the words, which of them a warp takes depends on the row of its fragments, lane / 4, two rows alike. All of one warp's words of 4 or
-// 8 bytes, 16 apart, would lie in a quarter or half of the banks of shared memory; so they lie in all of them:
-//
-//   SPLIT 4, word of warp w   rows 0 and 1: w    2 and 3: w + 1    4 and 5: w + 2    6 and 7: w + 3    (of 0 .. 3, from the start again)
-//
-// The rows of a fragment then are columns of several words, which is for the epilogue to know: word_of_rows.
 struct ThreadRole {
     unsigned thread, lane, warp, k_warp, column_warp, block, first_word;
 
@@ -65,11 +58,8 @@ struct ThreadRole {
 
     __device__ __forceinline__ explicit ThreadRole(unsigned thread) : thread(thread), lane(thread % 32), warp(thread / 32) {
         k_warp = warp / COLUMN_WARPS, column_warp = warp % COLUMN_WARPS;
-        block = column_warp / SPLIT, first_word = word_of_rows(lane / 8);
+        block = column_warp / SPLIT, first_word = column_warp % SPLIT * WORDS;
     }
-
-    // The first word of rows 2 pair and 2 pair + 1 (and of those 8 below) of this warp's fragments.
-    __device__ __forceinline__ unsigned word_of_rows(unsigned pair) const { return (column_warp + pair) % SPLIT * WORDS; }
 };
 
 // Copies of activations [M, K] into stages: [TOKENS][K_STEP/8] of 16 bytes, chunk c of row r in place c ^ (r % 8), so that the

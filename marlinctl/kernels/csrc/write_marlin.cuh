@@ -23,7 +23,7 @@ __device__ __forceinline__ void sort_for_exchange(Sums& parts, const Sums& sums)
 }
 
 // Writes slabs of the tile from `first_slab` on: WRITTEN of the SLABS in `own`, or the one slab of a subtile's fragment. Channel-wise
-// scales, bias, rounding; movmatrix transposes 8 (n) x 8 (m), so that a lane has a pair of consecutive n: rows 2(t%4) and the next.
+// scales, bias, rounding; movmatrix transposes 8 (n) x 8 (m), so that a lane has a pair of consecutive n.
 template <int fragment_slabs>
 __device__ __forceinline__ void write_result(
     const float (&own)[OWN][fragment_slabs][4], const Output& output, const Cursor& at, int first_slab, const ThreadRole& role
@@ -35,15 +35,15 @@ __device__ __forceinline__ void write_result(
     for (int word = 0; word < OWN; ++word)
 #pragma unroll
         for (int upper = 0; upper < 2; ++upper) {  // rows 0..7 and 8..15 of the 16 x 8
-            const int first_column = (at.slice * BLOCKS + role.block) * 64 + (role.k_warp * OWN + word) * 16 + upper * 8;  // of word 0
-            const int column = first_column + role.first_word * 16 + lane / 4;  // of the accumulator
+            const int eight = (at.slice * BLOCKS + role.block) * 64 + (role.first_word + role.k_warp * OWN + word) * 16 + upper * 8;
+            const int column = eight + lane / 4;  // of the accumulator
             float scale = 1.0f, shift = 0.0f;
             if (!output.grouped && column < padded_n) {
                 const int slot = column / 32 * 32 + column % 8 / 2 * 8 + column % 32 / 8 * 2 + column % 2;
                 scale = widen_half(reinterpret_cast<const unsigned short*>(output.scales)[slot]);
             }
             if (output.bias != nullptr && column < n) shift = NUMBER::widen(output.bias[column]);
-            const unsigned first = first_column + role.word_of_rows(lane % 4) * 16 + lane % 4 * 2;  // of the transposed pair
+            const unsigned first = eight + lane % 4 * 2;  // of the transposed pair
             unsigned token = at.token_tile * TOKENS + first_slab * 8 + lane / 4;
             unsigned* to = output.out + (static_cast<size_t>(token) * n + first) / 2;
 #pragma unroll
