@@ -7,8 +7,9 @@ short, a CTA computes an output tile of `tokens` (M) x 64 `blocks` (N), in stage
     warps = blocks x split x k_warps      split: warps that share the 64 columns of a block
                                           k_warps: warps that share the k of a stage
 
-On Hopper four more warps copy, and the group size is compiled in. csrc/marlin_a8_sm90.cu, for Hopper alone, multiplies activations that
-are rounded to int8, and csrc/marlin_a8_factored_sm90.cu does so with weights whose scales are integers times one scale for each output.
+On Hopper four more warps copy, and the group size is compiled in. csrc/marlin_a8_sm80.cu and its twin multiply activations that are rounded
+to int8, and csrc/marlin_a8_factored_sm80.cu and its twin do so with weights whose scales are integers times one scale for each output. In
+them, too, the group size is compiled in.
 
 Everything that the host must know beside that, threads, shared memory, workspace, follows from them and is computed here;
 the kernel checks the shared memory when it is compiled. Which configuration is used for which M, N, K is measured: dispatch.py.
@@ -65,10 +66,10 @@ class Configuration:
     wgmma: bool = False  # for Hopper alone
     batch: int = 1  # with wgmma: steps of k that a warp decodes before it multiplies, while those before them are multiplied
     scale_weights: bool = False  # with wgmma: scales multiply weights, in 16 bits, instead of sums of groups
-    int8: bool = False  # activations are; for Hopper alone
-    parts: int = 1  # of int8: products that share a decoded word, each of tokens / parts
-    ordered: bool = False  # of int8: warpgroups take turns
-    temporaries: int = 1  # of int8: products of 128 K under way together
+    int8: bool = False  # activations are
+    parts: int = 1  # of int8 with wgmma: products that share a decoded word, each of tokens / parts
+    ordered: bool = False  # of int8 with wgmma: warpgroups take turns
+    temporaries: int = 1  # of int8 with wgmma: products of 128 K under way together
     paired: bool = False  # with wgmma: two CTAs of a cluster have the same activations, and each copies half of them to both
     factored: bool = False  # of int8: groups have integer factors, which multiply codes, and sums are over all of K (factored.py)
 
@@ -91,6 +92,11 @@ class Configuration:
         """The name of the function, and with .cu of its source."""
         form = f"{'a8_' if self.int8 else ''}{'factored_' if self.factored else ''}{'sm90' if self.wgmma else 'sm80'}"
         return f"{'sparse_' if self.sparse else ''}marlin_{form}"
+
+    @property
+    def for_one_group_size(self) -> bool:
+        """Whether the group size is compiled in."""
+        return self.wgmma or self.int8
 
     @property
     def tile_k(self) -> int:
@@ -122,8 +128,8 @@ class Configuration:
         weights = self.k_step * self.columns * bits // 8
         scales = 2 * (self.k_step // 32) * self.columns
         if self.int8:
-            token_scales = 4 * self.tokens * self.k_step // ACTIVATION_GROUP
-            return -(-(weights + self.tokens * self.k_step + scales + token_scales) // 1024) * 1024
+            size = weights + self.tokens * self.k_step + scales + 4 * self.tokens * self.k_step // ACTIVATION_GROUP  # these of tokens
+            return -(-size // 1024) * 1024 if self.wgmma else size
         return weights + 2 * self.tokens * self.k_step + scales
 
     @property
@@ -136,7 +142,7 @@ class Configuration:
     def defines(self, dtype: torch.dtype, group_shift: int = 3, token_groups: bool = False) -> tuple[str, ...]:
         """What the compiler is told, for activations of `dtype` (float16 or bfloat16), of int8 the type that they had and the output has.
 
-        group_shift: of group_shift(), which matters to wgmma alone.
+        group_shift: of group_shift(), which matters to wgmma and int8 alone.
         token_groups: of int8, whether a token has a scale for each 128 of K, and not one for all.
         """
         sizes = {
@@ -150,15 +156,12 @@ class Configuration:
             "SHARED_BYTES": self.shared_bytes,
         }
         if self.int8:
-            sizes |= {
-                "EIGHT_BIT": 1,
-                "TOKEN_PARTS": self.parts,
-                "ORDERED": int(self.ordered),
-                "TEMPORARIES": self.temporaries,
-                "TOKEN_GROUPS": int(token_groups),
-                "WHOLE_SUMS": int(self.factored),
-            }
-            sizes |= {"GROUP_SHIFT": group_shift, "SCALE_WEIGHTS": 0, "STEPS": self.batch}
+            sizes["EIGHT_BIT"] = 1
+            if self.wgmma:
+                sizes |= {"TOKEN_PARTS": self.parts, "ORDERED": int(self.ordered), "TEMPORARIES": self.temporaries}
+            sizes |= {"TOKEN_GROUPS": int(token_groups), "WHOLE_SUMS": int(self.factored), "GROUP_SHIFT": group_shift}
+            if self.wgmma:
+                sizes |= {"SCALE_WEIGHTS": 0, "STEPS": self.batch}
         elif self.wgmma:
             # Sums of many small groups are dearer to scale than weights, and leave too few registers: groups of 32 and of 64.
             scale_weights = self.scale_weights or (group_shift == 1 and self.tokens >= 16) or (group_shift == 2 and self.tokens >= 32)
@@ -276,11 +279,28 @@ DENSE_SM90 = (
 )
 
 
+# Of 8-bit activations with mma.sync. A thread has 128 sums: of a group in int32 and of the tile in float32, or of factored weights in int32
+# alone. Warps with two words of a block read activations half as often as the tensor core of an sm_80 takes them; with one they would be
+# its limit. Of each number of tokens the first is for sm_80, with up to 163 KB under way, and the next fits sm_86 and sm_89, which have half of
+# its rate for each byte of shared memory. NOTE: reasoned. Nothing was timed on these GPUs.
+A8_SM80 = (
+    Configuration(tokens=32, blocks=4, split=2, k_warps=1, k_step=128, stages=4, ctas=1, int8=True),
+    Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=128, stages=6, ctas=1, int8=True),
+    Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=128, stages=3, ctas=1, int8=True),
+)
+A8_FACTORED_SM80 = (
+    Configuration(tokens=32, blocks=4, split=2, k_warps=1, k_step=128, stages=4, ctas=1, int8=True, factored=True),
+    Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=128, stages=6, ctas=1, int8=True, factored=True),
+    Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=128, stages=3, ctas=1, int8=True, factored=True),
+    Configuration(tokens=128, blocks=4, split=2, k_warps=1, k_step=128, stages=4, ctas=1, int8=True, factored=True),
+)
+
+
 def _rounded(tokens: int, blocks: int, split: int, k_warps: int, k_step: int, stages: int, **more: Any) -> Configuration:
     return Configuration(tokens, blocks, split, k_warps, k_step, stages, ctas=1, wgmma=True, int8=True, **more)
 
 
-# Of 8-bit activations: up to 128 sums a thread beside those of the group. Chosen on an H200 (docs/log/2026-12-01-eight-bit-kernel.md).
+# Of 8-bit activations on Hopper: up to 128 sums a thread beside those of the group. Chosen on an H200 (docs/log/2026-12-01-eight-bit-kernel.md).
 A8_SM90 = (
     _rounded(32, 8, 1, 1, 128, 4, batch=2),
     _rounded(32, 4, 1, 2, 256, 4, batch=2),

@@ -96,7 +96,7 @@ def load(
 ) -> LoadedKernel:
     """The kernel, compiled or taken from the cache in `folder`, and loaded once for each configuration, dtype and device.
 
-    shift: of configurations.group_shift; kernels with wgmma are compiled for one group size each.
+    shift: of configurations.group_shift; kernels with wgmma and for int8 activations are compiled for one group size each.
     token_groups: of kernels for int8 activations, whether a token has a scale for each 128 of K, and not one for all.
 
     Raises:
@@ -104,7 +104,7 @@ def load(
         RuntimeError: a CUDA graph is being captured, or the driver refuses; what jit.cubin raises.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
-    key = (configuration, dtype, index, shift if configuration.wgmma else None, token_groups)
+    key = (configuration, dtype, index, shift if configuration.for_one_group_size else None, token_groups)
     known = _loaded.get(key)
     if known is None:
         with _lock:
@@ -128,7 +128,8 @@ def _load(
         jit.SOURCES, configuration.kernel, configuration.defines(dtype, shift, token_groups), checked_architecture, *sizes, device, folder
     )
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return LoadedKernel(configuration, dtype, function, multiprocessors, folder, shift if configuration.wgmma else None, token_groups)
+    compiled_in = shift if configuration.for_one_group_size else None
+    return LoadedKernel(configuration, dtype, function, multiprocessors, folder, compiled_in, token_groups)
 
 
 def launch(

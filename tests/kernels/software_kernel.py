@@ -60,7 +60,7 @@ def compiled(kernel: str, defines: Sequence[str], folder: Path, edit: Callable[[
 
 
 def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: Callable[[str], str] = lambda source: source) -> Launch:
-    """The kernel as a function; one with wgmma is built for each group size that it is called with.
+    """The kernel as a function; one with wgmma or for int8 is built for each group size that it is called with.
 
     One for int8 activations rounds them itself, by round_activations_for_tiles.
     """
@@ -105,7 +105,7 @@ def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: 
         pointers += [out[GUARD:].data_ptr(), partials.data_ptr(), counters.data_ptr()]
         shift = group_shift(p.group_size, k)
         arguments = Arguments(*pointers, m, n, k, whole, shift)
-        library(shift if configuration.wgmma else 0, activation_group is not None).launch(
+        library(shift if configuration.for_one_group_size else 0, activation_group is not None).launch(
             arguments, (ctypes.c_int * ctas)(*order), ctas, cluster, ctypes.c_bool(eager), ctypes.c_bool(backwards)
         )
         assert not counters.any(), "the next launch would find a used workspace"

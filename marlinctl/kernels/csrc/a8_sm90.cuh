@@ -1,9 +1,9 @@
-// What the kernels for int8 activations have in common: what a stage holds, and how words become int8. marlin_a8_sm90.cu explains both.
+// What the kernels for int8 activations on Hopper have in common: what a stage holds. marlin_a8_sm90.cu explains it.
 #pragma once
 #include "cluster_sm90.cuh"
+#include "decode_int8.cuh"
 #include "pipeline_sm90.cuh"
 
-constexpr int TOKEN_GROUP = 128;  // k, of activations that share a scale
 using PartSums = int[TOKENS / TOKEN_PARTS / 8][4];
 
 // A stage holds K_STEP of k:
@@ -27,12 +27,3 @@ struct A8Stage {
     static_assert(WARP_TILES % 8 == 0, "a warp's part of k is rows of 128 bytes");
     static_assert(TOKENS % (8 * TOKEN_PARTS) == 0 && TOKENS / TOKEN_PARTS <= 256, "a product has up to 256 tokens");
 };
-
-// One word's fragment of 32 k, 16 times the codes.
-__device__ __forceinline__ void decode_int8(unsigned (&a)[4], unsigned w0, unsigned w1) {
-    const unsigned upper = permute(w0, w1, 0x6420), lower = permute(w0, w1, 0x7531);
-    a[0] = and_xor(upper << 4, 0xf0f0f0f0, 0x80808080);
-    a[1] = and_xor(lower << 4, 0xf0f0f0f0, 0x80808080);
-    a[2] = and_xor(upper, 0xf0f0f0f0, 0x80808080);
-    a[3] = and_xor(lower, 0xf0f0f0f0, 0x80808080);
-}

@@ -1,10 +1,14 @@
-// What the dense and the 2:4 GEMM for Ampere and later have in common: the stages of a CTA, the copies into them, and the end of an output
-// tile. marlin_sm80.cu and sparse_marlin_sm80.cu each give the rest as a policy, Weights:
+// What the GEMMs for Ampere and later have in common: the stages of a CTA, the copies into them, and the end of an output tile. marlin_sm80.cu,
+// sparse_marlin_sm80.cu and those for int8 activations (a8_sm80.cuh) each give the rest as a policy, Weights:
 //
-//   TILE_K                    k of a row of words, and of one product of the tensor core
+//   TILE_K                    k of a row of words
 //   META_BYTES                of metadata, for a row of words of 64 columns; 0: none
 //   GROUPS_END_IN_STAGES      whether no group reaches over the end of a stage
+//   GroupSums, begin          of the current group, and how they are before the first one
 //   multiply(...)             a warp's part of a stage; it calls close(stage, first_tile, k_tile) where tile k_tile ends a group
+//   close(...)                adds the sums of a group to those of the tile
+//   end(...)                  puts what is left of them into the sums of the tile, and they are as before the first one
+//   BESIDE_BYTES, Beside      of what is copied into a stage with activations; SixteenBit has what kernels without it have
 //
 // shared_base and the like are passed by reference: by value, some configurations take one to three registers more (NVRTC 13.0).
 //
@@ -18,13 +22,14 @@
 //   metadata     [K_STEP/TILE_K][BLOCKS][2][8]      16 bytes each, as in memory: the 8 rows of a matrix lie in different banks
 //   activations  [TOKENS][K_STEP/8]                 16 bytes each, swizzled (tile.cuh)
 //   scales       [K_STEP/32][64 BLOCKS]             float16, the rows of the groups that the stage touches
+//   beside       BESIDE_BYTES
 template <class Weights>
 struct Stage {
     static constexpr int K_TILES = K_STEP / Weights::TILE_K;  // rows of words
     static constexpr int WARP_TILES = K_TILES / K_WARPS;      // and of them those of one warp
     static constexpr int WEIGHT_BYTES = K_TILES * BLOCKS * 512, META_BYTES = K_TILES * BLOCKS * Weights::META_BYTES;
     static constexpr int META_AT = WEIGHT_BYTES, ACTIVATIONS_AT = META_AT + META_BYTES, SCALES_AT = ACTIVATIONS_AT + ACTIVATION_BYTES;
-    static constexpr int BYTES = SCALES_AT + SCALE_BYTES;
+    static constexpr int BESIDE_AT = SCALES_AT + SCALE_BYTES, BYTES = BESIDE_AT + Weights::BESIDE_BYTES;
 
     static_assert(STAGES * BYTES + SCRATCH_BYTES + 16 == SHARED_BYTES, "the host allots other shared memory than the kernel uses");
     static_assert(THREADS % (BLOCKS * 32) == 0 && META_BYTES % (THREADS * 16) == 0,
@@ -38,9 +43,31 @@ struct Groups {
     int mask;      // of a tile's number in its group; -1: no tile ends a group
 };
 
-template <class Weights, class Output, class Number>
+// What kernels for 16-bit activations have in common: sums of groups are float32, and nothing is copied beside activations.
+struct SixteenBit {
+    using GroupSums = Sums;
+    static constexpr int BESIDE_BYTES = 0;
+
+    struct Beside {
+        __device__ __forceinline__ Beside(const ThreadRole&, const char*, unsigned, unsigned, unsigned) {}
+        __device__ __forceinline__ void operator()(const Cursor&, unsigned) const {}
+        template <int>
+        __device__ __forceinline__ void first_stages(const Stripes&) const {}
+    };
+
+    static __device__ __forceinline__ void begin(GroupSums& group_sums) { zero(group_sums); }
+    static __device__ __forceinline__ void close(
+        Sums& sums, GroupSums& group_sums, const char* scales, int first_tile, int k_tile, const Groups& groups, const ThreadRole& role
+    ) {
+        const unsigned row = (k_tile >> groups.shift) - (first_tile >> groups.shift);
+        close_group(sums, group_sums, scales + row * COLUMNS * 2, role);
+    }
+    static __device__ __forceinline__ void end(Sums& sums, GroupSums& group_sums, bool grouped) { close_channels(sums, group_sums, grouped); }
+};
+
+template <class Weights, class Output>
 __device__ __forceinline__ void gemm_sm80(
-    const char* activations, const uint4* qweight, const uint4* meta, const char* scales, const unsigned short* bias, Number* out,
+    const char* activations, const uint4* qweight, const uint4* meta, const char* beside, const char* scales, const Output& output,
     float4* partials, int* counters, unsigned m, unsigned n, unsigned k, int whole, int group_shift
 ) {
     using S = Stage<Weights>;
@@ -66,7 +93,9 @@ __device__ __forceinline__ void gemm_sm80(
     const unsigned meta_tile = role.thread / (BLOCKS * 16), meta_column = role.thread % (BLOCKS * 16);
     const unsigned weights_to = shared_base + role.thread * 16, meta_to = weights_to + S::META_AT;
     const size_t tile_row = static_cast<size_t>(n_blocks) * 32, meta_row = static_cast<size_t>(n_blocks) * 16;  // uint4 in a row
-    const ActivationCopies copy_activations(role, activations, m, k, shared_base + S::ACTIVATIONS_AT);
+    const unsigned row_k = EIGHT_BIT ? (k + 63) / 64 * 64 : k;  // of activations in memory
+    const ActivationCopies copy_activations(role, activations, m, row_k, shared_base + S::ACTIVATIONS_AT);
+    const typename Weights::Beside copy_beside(role, beside, m, k, shared_base + S::BESIDE_AT);
     const ScaleCopies copy_scales(role, scales, groups, n_blocks * 64, shared_base + S::SCALES_AT);
 
     // Starts the copies of a unit's weights, metadata and scales into a stage. Out of bounds, weights and scales become zeros, which add
@@ -94,16 +123,20 @@ __device__ __forceinline__ void gemm_sm80(
         if (grouped) copy_scales(at, offset, first_tile >> groups_of_k.shift, (first_tile + K_TILES - 1) >> groups_of_k.shift);
     };
 
-    auto fetch_activations = [&](const Cursor& at, int stage) { copy_activations(at, stage * S::BYTES); };
-    auto first_activations = [&] { copy_activations.template first_stages<S::BYTES>(stripes); };
+    auto fetch_activations = [&](const Cursor& at, int stage) {
+        copy_activations(at, stage * S::BYTES);
+        copy_beside(at, stage * S::BYTES);
+    };
+    auto first_activations = [&] {
+        copy_activations.template first_stages<S::BYTES>(stripes);
+        copy_beside.template first_stages<S::BYTES>(stripes);
+    };
 
-    const Output output{scales, bias, out, m, n, grouped};
-    Sums sums;        // scaled
-    Sums group_sums;  // of the current group: sums of code times activation
+    Sums sums;                               // scaled
+    typename Weights::GroupSums group_sums;  // of the current group: sums of code times activation
 
     auto close = [&](const char* stage, int first_tile, int k_tile) {
-        const unsigned row = (k_tile >> groups_of_k.shift) - (first_tile >> groups_of_k.shift);
-        close_group(sums, group_sums, stage + S::SCALES_AT + row * COLUMNS * 2, role);
+        Weights::close(sums, group_sums, stage + S::SCALES_AT, first_tile, k_tile, groups_of_k, role);
     };
 
     auto multiply = [&](int stage_index, int step) {
@@ -116,7 +149,7 @@ __device__ __forceinline__ void gemm_sm80(
         if (!Weights::GROUPS_END_IN_STAGES && grouped && K_WARPS == 1 && ((last_tile + 1) & groups_of_k.mask) != 0) {  // inside of a group
             close(reinterpret_cast<const char*>(shared) + stage * S::BYTES, step * K_TILES, last_tile);
         }
-        close_channels(sums, group_sums, grouped);
+        Weights::end(sums, group_sums, grouped);
         Sums parts;
         sort_for_exchange(parts, sums);
         OwnSums own;
@@ -131,6 +164,6 @@ __device__ __forceinline__ void gemm_sm80(
     };
 
     zero(sums);
-    zero(group_sums);
+    Weights::begin(group_sums);
     run_stages(stripes, fetch_weights, fetch_activations, first_activations, multiply, finish);
 }

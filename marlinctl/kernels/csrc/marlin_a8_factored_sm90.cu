@@ -46,29 +46,6 @@ using WholeSums = PartSums[WORDS][TOKEN_PARTS];  // over all k that this CTA has
 
 static_assert(A8Stage::WARP_TILES / 2 % (2 * STEPS) == 0, "a stage begins with the first half of a");
 
-// The factors of a word's two rows, and (128 - 8 factor) in each byte.
-struct Factors {
-    unsigned of[2], offset[2];
-
-    __device__ __forceinline__ void set(unsigned pair) {
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-            of[row] = static_cast<short>(pair >> 16 * row);
-            offset[row] = 0x80808080 - 0x08080808 * of[row];
-        }
-    }
-    __device__ __forceinline__ unsigned times(int row, unsigned nibbles) const { return (nibbles * of[row] + offset[row]) ^ 0x80808080; }
-};
-
-// One word's fragment of 32 k, codes times factors.
-__device__ __forceinline__ void decode_factored(unsigned (&a)[4], unsigned w0, unsigned w1, const Factors& factors) {
-    const unsigned upper = permute(w0, w1, 0x6420), lower = permute(w0, w1, 0x7531);
-    a[0] = factors.times(0, upper & 0x0f0f0f0f);
-    a[1] = factors.times(1, lower & 0x0f0f0f0f);
-    a[2] = factors.times(0, upper >> 4 & 0x0f0f0f0f);
-    a[3] = factors.times(1, lower >> 4 & 0x0f0f0f0f);
-}
-
 struct FactoredProducts {
     using S = A8Stage;
     using GroupSums = WholeSums;

@@ -38,7 +38,7 @@
 #include "write_marlin.cuh"
 #include "gemm_sm80.cuh"
 
-struct DenseWeights {
+struct DenseWeights : SixteenBit {
     static constexpr int TILE_K = 16, META_BYTES = 0;
     static constexpr bool GROUPS_END_IN_STAGES = false;
 
@@ -100,7 +100,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) marlin_sm80(
     int whole,                             // tiles that each CTA computes alone (stripes.cuh)
     int group_shift                        // log2(group_size / 16), or -1: channel-wise
 ) {
-    gemm_sm80<DenseWeights, Output>(
-        activations, qweight, nullptr, scales, bias, out, partials, counters, m, n, k, whole, group_shift
-    );
+    const Output output{scales, bias, out, m, n, group_shift >= 0};
+    gemm_sm80<DenseWeights>(activations, qweight, nullptr, nullptr, scales, output, partials, counters, m, n, k, whole, group_shift);
 }

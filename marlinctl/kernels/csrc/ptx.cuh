@@ -190,7 +190,22 @@ __device__ __forceinline__ void mma_bfloat(float (&d)[4], const unsigned (&a)[4]
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// mma.sp.m16n8k32: the same with a 2:4 matrix a, 16 x 32, of which the 16 x 16 kept values are stored as above; b is 32 x 8. e says
+// mma.sync.m16n8k32 of int8, in int32, which wraps around: a register of a has four numbers of k, 4 (t%4) and up; a[0] row t/4, a[1] row
+// t/4 + 8, and a[2], a[3] 16 k further on. d += a * b
+__device__ __forceinline__ void mma_int8(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d = c in each place + a * b
+__device__ __forceinline__ void mma_int8_onto(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, int c) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c));
+}
+
+// mma.sp.m16n8k32: as mma.sync.m16n8k16 with a 2:4 matrix a, 16 x 32, of which the 16 x 16 kept values are stored as above; b is 32 x 8. e says
 // where they were: four bits for each four columns, the places of the two in rising order (ordered_metadata). Of each four lanes
 // two hold what is used, the first two where `selector` is 0, the others where it is 1.
 template <int selector>

@@ -43,7 +43,7 @@
 #include "write_sparse_marlin.cuh"
 #include "gemm_sm80.cuh"
 
-struct SparseWeights {
+struct SparseWeights : SixteenBit {
     static constexpr int TILE_K = 32, META_BYTES = 256;
     static constexpr bool GROUPS_END_IN_STAGES = true;
     static constexpr int META_TILES = 2 * SPLIT;  // of which one ldmatrix brings a warp's metadata
@@ -110,7 +110,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) sparse_marlin_sm80(
     int whole,                             // tiles that each CTA computes alone (stripes.cuh)
     int group_shift                        // log2(group_size / 16), or -1: channel-wise
 ) {
-    gemm_sm80<SparseWeights, Output>(
-        activations, qweight, meta, scales, bias, out, partials, counters, m, n, k, whole, group_shift
-    );
+    const Output output{scales, bias, out, m, n, group_shift >= 0};
+    gemm_sm80<SparseWeights>(activations, qweight, meta, nullptr, scales, output, partials, counters, m, n, k, whole, group_shift);
 }

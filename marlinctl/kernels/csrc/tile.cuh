@@ -32,10 +32,11 @@ constexpr int SLABS = TOKENS / 8;                      // of eight tokens: the n
 constexpr int COLUMNS = 64 * BLOCKS;                   // n of an output tile
 constexpr int COLUMN_WARPS = BLOCKS * SPLIT;           // warps side by side in n
 constexpr int THREADS = 32 * COLUMN_WARPS * K_WARPS;
-constexpr int CHUNKS = K_STEP / 8;                     // of 16 bytes in a row of activations
+constexpr int ACTIVATION_SIZE = EIGHT_BIT ? 1 : 2;     // bytes
+constexpr int CHUNK_K = 16 / ACTIVATION_SIZE;          // k of 16 bytes of activations
+constexpr int CHUNKS = K_STEP / CHUNK_K;               // of 16 bytes in a row of them
 constexpr int SCALE_ROWS = K_STEP / 32;                // the smallest group is 32
 
-constexpr int ACTIVATION_SIZE = EIGHT_BIT ? 1 : 2;       // bytes
 constexpr int ACTIVATION_BYTES = TOKENS * K_STEP * ACTIVATION_SIZE;
 constexpr int SCALE_BYTES = SCALE_ROWS * COLUMNS * 2;
 constexpr int SCRATCH_BYTES = K_WARPS > 1 ? COLUMN_WARPS * K_WARPS * SLABS * 512 : 0;  // one part of the sums of every warp
@@ -62,7 +63,7 @@ struct ThreadRole {
     }
 };
 
-// Copies of activations [M, K] into stages: [TOKENS][K_STEP/8] of 16 bytes, chunk c of row r in place c ^ (r % 8), so that the
+// Copies of activations [M, K] into stages: [TOKENS][CHUNKS] of 16 bytes, chunk c of row r in place c ^ (r % 8), so that the
 // 8 rows that ldmatrix reads together lie in different banks. A thread copies one chunk of every ROWS-th token.
 struct ActivationCopies {
     static constexpr int ROWS = THREADS / CHUNKS, THREAD_CHUNKS = (TOKENS + ROWS - 1) / ROWS;
@@ -77,14 +78,14 @@ struct ActivationCopies {
     // copy(i, to, from, inside) for each of this thread's chunks of 16 bytes. Out of bounds activations become zeros, which add nothing.
     template <class Copy>
     __device__ __forceinline__ void each(const Cursor& at, unsigned offset, Copy copy) const {
-        const unsigned token = at.token_tile * TOKENS + copy_row, first = at.step * K_STEP + copy_chunk * 8;
-        const char* numbers = activations + (static_cast<size_t>(token) * k + first) * 2;
+        const unsigned token = at.token_tile * TOKENS + copy_row, first = at.step * K_STEP + copy_chunk * CHUNK_K;
+        const char* numbers = activations + (static_cast<size_t>(token) * k + first) * ACTIVATION_SIZE;
 #pragma unroll
         for (int i = 0; i < THREAD_CHUNKS; ++i) {
             const bool inside = first < k && token + i * ROWS < m;
             if (TOKENS % ROWS == 0 || copy_row + i * ROWS < TOKENS) {
                 const unsigned place = copy_chunk ^ copy_row % 8 ^ i * ROWS % 8;  // ROWS is a power of two: the row's last bits
-                copy(i, to + offset + i * (THREADS * 16) + place * 16, numbers + static_cast<size_t>(i * ROWS) * k * 2, inside);
+                copy(i, to + offset + i * (THREADS * 16) + place * 16, numbers + static_cast<size_t>(i * ROWS) * k * ACTIVATION_SIZE, inside);
             }
         }
     }

@@ -14,9 +14,15 @@
 #elif SPARSE
 #include "sparse_marlin_sm80.cu"
 #define KERNEL sparse_marlin_sm80
-#elif EIGHT_BIT && WHOLE_SUMS
+#elif EIGHT_BIT && WHOLE_SUMS && WGMMA
 #include "marlin_a8_factored_sm90.cu"
 #define KERNEL marlin_a8_factored_sm90
+#elif EIGHT_BIT && WHOLE_SUMS
+#include "marlin_a8_factored_sm80.cu"
+#define KERNEL marlin_a8_factored_sm80
+#elif EIGHT_BIT && !WGMMA
+#include "marlin_a8_sm80.cu"
+#define KERNEL marlin_a8_sm80
 #elif EIGHT_BIT
 #include "marlin_a8_sm90.cu"
 #define KERNEL marlin_a8_sm90
@@ -40,7 +46,7 @@ struct Pointer {  // to whatever the kernel says it is
 
 void gpu::run_thread(const Arguments& a) {
     const Pointer qweight{a.qweight}, meta{a.meta}, scales{a.scales}, out{a.out};
-#if EIGHT_BIT
+#if EIGHT_BIT && WGMMA
     const TensorMap activations{a.activations, (static_cast<unsigned>(a.k) + 63) / 64 * 64, static_cast<unsigned>(a.m), 1};
 #elif WGMMA
     const TensorMap activations{a.activations, static_cast<unsigned>(a.k), static_cast<unsigned>(a.m)};

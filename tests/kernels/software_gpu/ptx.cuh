@@ -76,6 +76,10 @@ inline float widen_bfloat(unsigned short bits) { return gpu::from_bfloat(bits); 
 inline void mma_half(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { gpu::mma(d, a, b0, b1, false); }
 inline void mma_bfloat(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { gpu::mma(d, a, b0, b1, true); }
 inline void mma_int8(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { gpu::mma_int8(d, a, b0, b1); }
+inline void mma_int8_onto(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, int c) {
+    for (int& sum : d) sum = c;
+    gpu::mma_int8(d, a, b0, b1);
+}
 template <int selector>
 inline void mma_sparse_half(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned e) {
     gpu::mma_sparse(d, a, b, e, selector, false);
