@@ -1,13 +1,13 @@
 """8-bit activations: every configuration of the kernels for int8, checked and timed, beside 16-bit products and torch's fp8.
 
-    PYTHONPATH=. python benchmarks/eight_bit_speed.py --shapes 73728x18432 --tokens 64,128,256 [--json FILE] [--table]
+    PYTHONPATH=. python benchmarks/eight_bit_speed.py --shapes 73728x18432 --tokens 64,128,256 [--kernels sm80] [--json FILE] [--table]
 
-On Hopper. Each product is checked against float64 of the same 8-bit activations and 4-bit weights, and then timed as `marlinctl bench`
-does: CUDA graphs, cold weights, candidates in turns, medians (marlinctl/benchmarking/timing.py). "tokens": one scale for each token;
-"groups": one for each 128 of K; "factored": one for each token, and scales of weights that are integers times one scale for each output.
-Times are of the product alone, or where "rounded" follows of rounding and product, as a model calls it. --table prints the rows of
-kernels/dispatch.json, kind by kind: of each shape and M the fastest with rounding, or 16-bit activations where they are faster; nothing
-else is timed then.
+On Ampere, Ada or Hopper: those configurations that fit the GPU, or of them --kernels, sm80 (mma.sync) or sm90 (wgmma). Each product is
+checked against float64 of the same 8-bit activations and 4-bit weights, and then timed as `marlinctl bench` does: CUDA graphs, cold
+weights, candidates in turns, medians (marlinctl/benchmarking/timing.py). "tokens": one scale for each token; "groups": one for each 128
+of K; "factored": one for each token, and scales of weights that are integers times one scale for each output. Times are of the product
+alone, or where "rounded" follows of rounding and product, as a model calls it. --table prints the rows of kernels/dispatch.json, kind by
+kind: of each shape and M the fastest with rounding, or 16-bit activations where they are faster; nothing else is timed then.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +34,7 @@ from marlinctl.kernels.activations import RoundedActivations, round_activations_
 from marlinctl.kernels.configurations import Configuration, Sharing, group_shift
 from marlinctl.kernels.dispatch import FACTORED, ROUNDED, SIXTEEN_BIT, Choice, configurations
 from marlinctl.kernels.factored import factored_scales
+from marlinctl.kernels.functions import architecture_of
 from marlinctl.kernels.launch import LoadedKernel, load, multiply
 from marlinctl.kernels.ops import marlin_gemm
 from marlinctl.kernels.reference import gemm_rounded
@@ -44,6 +45,7 @@ from marlinctl.quantize.scheme import ACTIVATION_GROUP
 GROUP_SIZE = 128
 MOST_ERROR = 5e-3
 CHECKED_TOKENS = (1, 37, 131, 300)
+KERNELS = ("sm80", "sm90")
 GROUPS = {"tokens": None, "groups": ACTIVATION_GROUP, "factored": None}  # of activations that share a scale
 TABLES = {"tokens": ROUNDED["int8"], "groups": ROUNDED["int8-128"], "factored": FACTORED}  # kinds of dispatch.json
 
@@ -79,9 +81,10 @@ class Product:
         return self.of(weight, round_on_gpu(x, GROUPS[self.kind], overlap=True), out)
 
 
-def loaded(device: torch.device) -> list[Product]:
+def loaded(device: torch.device, families: Sequence[str]) -> list[Product]:
     folder, started = jit.default_folder(), time.perf_counter()
-    wanted = [(c, kind) for kind in GROUPS for c in configurations(TABLES[kind])]
+    fitting = {kind: [c for c in configurations(TABLES[kind]) if c.fits(architecture_of(device))] for kind in GROUPS}
+    wanted = [(c, kind) for kind in GROUPS for c in fitting[kind] if KERNELS[c.wgmma] in families]
 
     def one(wanted: tuple[Configuration, str]) -> LoadedKernel:
         return load(wanted[0], torch.float16, device, folder, 3, GROUPS[wanted[1]] is not None)
@@ -138,7 +141,7 @@ def times(gpu: Gpu, products: list[Product], shape: Shape, m: int, replays: int,
     known = set()
     for product in products:
         c, grid = product.kernel.configuration, product.kernel.grid(m, n, shape.k, 1, product.sharing)
-        if c.tokens > max(2 * m, 32) or 4 * c.tokens < min(m, 256) or (m >= 512 and c.tokens < 128):
+        if c.tokens > max(2 * m, 32) or 4 * c.tokens < min(m, 256) or (m >= 512 and c.tokens < (128 if c.wgmma else 64)):
             continue
         if (product.kernel, product.kind, grid) in known:
             continue
@@ -164,10 +167,11 @@ def times(gpu: Gpu, products: list[Product], shape: Shape, m: int, replays: int,
     candidates["w4a16"] = Candidate(sixteen_bit, copies)
     candidates |= {f"rounding alone, {kind}": Candidate(partial(rounding, group), 1) for kind, group in GROUPS.items()}
     dense = torch.randn(n, shape.k, device=gpu.device, dtype=torch.float16, generator=generator)
-    x8, w8 = x.to(torch.float8_e4m3fn), dense.to(torch.float8_e4m3fn)
-    ones = torch.ones(m, 1, device=gpu.device), torch.ones(1, n, device=gpu.device)
     candidates["torch float16"] = Candidate(lambda i: torch.matmul(x, dense.T, out=out), 1)
-    candidates["torch fp8"] = Candidate(lambda i: torch._scaled_mm(x8, w8.T, *ones, out_dtype=torch.bfloat16), 1)
+    if torch.cuda.get_device_capability(gpu.device) >= (8, 9):
+        x8, w8 = x.to(torch.float8_e4m3fn), dense.to(torch.float8_e4m3fn)
+        ones = torch.ones(m, 1, device=gpu.device), torch.ones(1, n, device=gpu.device)
+        candidates["torch fp8"] = Candidate(lambda i: torch._scaled_mm(x8, w8.T, *ones, out_dtype=torch.bfloat16), 1)
     return take_turns(gpu, candidates, replays=replays)
 
 
@@ -175,6 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="73728x18432", help="N x K, with commas")
     parser.add_argument("--tokens", default="64,128,256", help="M, with commas")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--replays", type=int, default=10)
     parser.add_argument("--top", type=int, default=2, help="of each kind, how many are printed")
     parser.add_argument("--table", action="store_true")
@@ -183,7 +188,9 @@ def main() -> None:
     gpu = Gpu(0)
     document: dict[str, dict[str, float]] = {}
     with gpu.current():
-        products = loaded(gpu.device)
+        products = loaded(gpu.device, given.kernels)
+        if not products:
+            parser.error(f"no kernel of {', '.join(given.kernels)} fits {gpu.name}")
         check(products, gpu, Shape(768, 1408, GROUP_SIZE))
         print(f"{gpu.name}, driver {gpu.driver}; microseconds, median of {given.replays}\n")
         for n, k in (map(int, text.split("x")) for text in given.shapes.split(",")):

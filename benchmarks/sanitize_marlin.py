@@ -6,8 +6,8 @@
     $sanitize --tool racecheck python benchmarks/sanitize_marlin.py --kernels a8 --quick --every-lane
 
     --kernels dense, sparse     products of 16-bit activations
-              a8                products of int8 activations: every configuration for Hopper, group size and kind of token scales, and of
-                                factored weights, whose CTAs are pairs
+              a8                products of int8 activations: every configuration that fits the GPU, those of mma.sync on Hopper too, group
+                                size and kind of token scales, and of factored weights, whose CTAs on Hopper are pairs
               rounding          activations to int8: with kernel_substring=round_activations
     --quick                     fewer shapes and rows, for racecheck, which is slow
     --part 1/4                  the first of every four kernels, where one run takes too long

@@ -279,10 +279,10 @@ DENSE_SM90 = (
 )
 
 
-# Of 8-bit activations with mma.sync. A thread has 128 sums: of a group in int32 and of the tile in float32, or of factored weights in int32
-# alone. Warps with two words of a block read activations half as often as the tensor core of an sm_80 takes them; with one they would be
-# its limit. Of each number of tokens the first is for sm_80, with up to 163 KB under way, and the next fits sm_86 and sm_89, which have half of
-# its rate for each byte of shared memory. NOTE: reasoned. Nothing was timed on these GPUs.
+# Of 8-bit activations with mma.sync. A thread has up to 128 sums: of a group in int32 and of the tile in float32, or of factored weights in
+# int32 alone. To read its activations a warp with two words of a block takes half of the time for which an sm_80's tensor core multiplies
+# them, a warp with one all of it. Of each number of tokens the first is for sm_80, whose shared memory holds more stages; the next fits
+# sm_86 and sm_89 too. NOTE: reasoned, not measured on these GPUs.
 A8_SM80 = (
     Configuration(tokens=32, blocks=4, split=2, k_warps=1, k_step=128, stages=4, ctas=1, int8=True),
     Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=128, stages=6, ctas=1, int8=True),
@@ -300,7 +300,7 @@ def _rounded(tokens: int, blocks: int, split: int, k_warps: int, k_step: int, st
     return Configuration(tokens, blocks, split, k_warps, k_step, stages, ctas=1, wgmma=True, int8=True, **more)
 
 
-# Of 8-bit activations on Hopper: up to 128 sums a thread beside those of the group. Chosen on an H200 (docs/log/2026-12-01-eight-bit-kernel.md).
+# The same on Hopper: up to 128 sums a thread beside those of the group. Chosen on an H200 (docs/log/2026-12-01-eight-bit-kernel.md).
 A8_SM90 = (
     _rounded(32, 8, 1, 1, 128, 4, batch=2),
     _rounded(32, 4, 1, 2, 256, 4, batch=2),

@@ -30,7 +30,9 @@ from typing import Any
 
 from marlinctl.kernels import jit
 from marlinctl.kernels.configurations import (
+    A8_FACTORED_SM80,
     A8_FACTORED_SM90,
+    A8_SM80,
     A8_SM90,
     DENSE,
     DENSE_SM90,
@@ -60,6 +62,11 @@ _ALL_KINDS = (*KINDS, *ROUNDED.values(), FACTORED)
 # mma.sync behind, what is left is that every 64 tokens decode the weights anew. NOTE: reasoned, not measured.
 DEQUANTIZE_FROM = {"sm_90a": {"dense": 192, "sparse": 320}}
 DEQUANTIZE_FROM_ELSEWHERE = {"dense": 512, "sparse": 1024}
+# The same of 8-bit activations, where their kernels have no measurements: the fewest rows for which they are rounded. 16-bit products wait
+# for memory up to M = rate / (4 x bandwidth): by data sheets 19 (RTX 3090), 38 (A100), 105 (L40S) and 52 (H200), where 8 bits were
+# measured to pay from 32 or 48 rows on for large weights, and from 192 or 384 for small ones. NOTE: reasoned, not measured. Blackwell
+# keeps 16 bits: nothing of ours has run there.
+EIGHT_BITS_FROM = {"sm_80": 64, "sm_86": 64, "sm_89": 64}
 LARGE = 4096  # M at which a kernel that still wins is taken to win for ever
 
 
@@ -109,7 +116,7 @@ def choose(architecture: str, sparse: bool, m: int, n: int, k: int, rounding: Ro
     """How to multiply M rows with a weight [N, K]; None is: dequantize it and multiply with torch.matmul.
 
     rounding: of activations, where it is allowed. Whether they are rounded is for the choice to say: 16 bits are as fast for few rows, and
-    all there is for 2:4 and for architectures that were not measured. factored: the weights are. It counts beside "int8" alone.
+    all there is for 2:4 and for Blackwell. factored: the weights are. It counts beside "int8" alone.
     """
     if (table := _rounded_table(architecture, sparse, rounding, factored)) is not None:
         choice = table.choose(m, n, k)
@@ -124,7 +131,9 @@ def choose(architecture: str, sparse: bool, m: int, n: int, k: int, rounding: Ro
 
 def _rounded_table(architecture: str, sparse: bool, rounding: Rounding, factored: bool) -> Table | None:
     kind = FACTORED if factored and rounding == "int8" else ROUNDED.get(rounding)
-    return None if sparse or kind is None else tables().get((architecture, kind))
+    if sparse or kind is None:
+        return None
+    return tables().get((architecture, kind)) or (reasoned_rounded(architecture, kind) if architecture in EIGHT_BITS_FROM else None)
 
 
 def choices(architecture: str, sparse: bool, n: int, k: int, rounding: Rounding = "none", factored: bool = False) -> set[Choice | None]:
@@ -163,18 +172,29 @@ def tables() -> dict[tuple[str, str], Table]:
 
 def reasoned(architecture: str, kind: str) -> Table:
     """For an architecture without measurements, Blackwell's among them: the first configuration for so many tokens that fits."""
-    fitting = [c for c in configurations(kind) if c.fits(architecture)]
-    first = {c.tokens: c for c in reversed(fitting)}
-    rows = tuple(Row(tokens, 4096, 4096, Choice(c, c.ctas)) for tokens, c in sorted(first.items()))
+    rows = tuple(Row(tokens, 4096, 4096, Choice(c, c.ctas)) for tokens, c in _first_of_each(architecture, kind))
     return Table(DEQUANTIZE_FROM.get(architecture, DEQUANTIZE_FROM_ELSEWHERE)[kind], rows)
+
+
+def reasoned_rounded(architecture: str, kind: str) -> Table:
+    """The same of 8-bit activations, for one of EIGHT_BITS_FROM. A dense weight never pays: its product would have 16 bits."""
+    start = EIGHT_BITS_FROM[architecture]
+    found = [(tokens, c) for tokens, c in _first_of_each(architecture, kind) if tokens >= start]
+    return Table(None, (Row(start - 1, 4096, 4096, None), *(Row(tokens, 4096, 4096, Choice(c, c.ctas)) for tokens, c in found)))
+
+
+def _first_of_each(architecture: str, kind: str) -> list[tuple[int, Configuration]]:
+    """By numbers of tokens."""
+    fitting = [c for c in configurations(kind) if c.fits(architecture)]
+    return sorted({c.tokens: c for c in reversed(fitting)}.items())
 
 
 def configurations(kind: str) -> tuple[Configuration, ...]:
     """Those of mma.sync first: `reasoned` takes the first that fits."""
     if kind in ROUNDED.values():
-        return A8_SM90
+        return (*A8_SM80, *A8_SM90)
     if kind == FACTORED:
-        return (*A8_FACTORED_SM90, *A8_SM90)  # for few tokens sums of groups are as fast
+        return (*A8_FACTORED_SM80, *A8_SM80, *A8_FACTORED_SM90, *A8_SM90)  # on Hopper sums of groups are as fast for few tokens
     return (*SPARSE, *SPARSE_SM90) if kind == "sparse" else (*DENSE, *DENSE_SM90)
 
 

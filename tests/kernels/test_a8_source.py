@@ -1,16 +1,20 @@
-"""Products of csrc/marlin_a8_sm90.cu and marlin_a8_factored_sm90.cu, int8 activations, run on the CPU (software_kernel.py), against float64
-of the same numbers."""
+"""Products of csrc/marlin_a8_sm90.cu, marlin_a8_sm80.cu and their twins for factored weights, int8 activations, run on the CPU
+(software_kernel.py), against float64 of the same numbers."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-from marlinctl.kernels.configurations import A8_FACTORED_SM90, A8_SM90, Configuration
-from marlinctl.kernels.reference import gemm_rounded
+from marlinctl.kernels.configurations import A8_FACTORED_SM80, A8_FACTORED_SM90, A8_SM80, A8_SM90, Configuration
+from marlinctl.kernels.reference import dequantize, gemm_rounded
+from marlinctl.pack.marlin import pack_marlin
 from marlinctl.quantize.scheme import ACTIVATION_GROUP
 from tests.kernels.software_kernel import Launch, build, random_packed
 from tests.kernels.test_marlin_source import CASES, EPSILON
+from tests.pack.naive import random_linear
 
 BY_NAME = {c.name.removeprefix("a8-wgmma-"): c for c in A8_SM90}
 # Those that differ in more than sizes: four words of a warp, three warpgroups, two temporaries, warps that share k, turns, parts.
@@ -31,6 +35,20 @@ KERNELS = [
     for group in (None, ACTIVATION_GROUP)
 ]
 KERNELS += [pytest.param((FACTORED[name], type_of(name), None)) for name in SHOWN_FACTORED]
+# With mma.sync: all, which differ in tokens and stages; each kind of scales of tokens, and each type.
+AMPERE: list[tuple[Configuration, torch.dtype, int | None]] = [
+    (A8_SM80[0], torch.float16, None),
+    (A8_SM80[2], torch.bfloat16, ACTIVATION_GROUP),
+    (A8_FACTORED_SM80[2], torch.bfloat16, None),
+    (A8_FACTORED_SM80[3], torch.float16, None),
+]
+KERNELS += [pytest.param(case) for case in AMPERE]
+KERNELS += [
+    pytest.param((c, dtype, group), marks=pytest.mark.slow)
+    for c in (*A8_SM80, *A8_FACTORED_SM80)
+    for dtype, group in ((torch.float16, None), (torch.float16, ACTIVATION_GROUP))
+    if (c, dtype, group) not in AMPERE and not (c.factored and group)
+]
 Kernel = tuple[Configuration, torch.dtype, int | None, Launch]
 
 
@@ -64,11 +82,31 @@ def test_products(kernel: Kernel) -> None:
             assert torch.equal(lazy, eager), f"{case} whole={whole}: the order of CTAs or copies changes the bits"
 
 
+def test_what_is_exact_stays_exact(kernel: Kernel) -> None:
+    """If this failed, some code, factor, activation or sum would be off by less than the bound above shows: here all scales are integers
+    times a power of two, so that float32 holds every sum, of one CTA or of several, and the output is float64's, rounded once."""
+    configuration, dtype, group, launch = kernel
+    m = 5 if configuration.wgmma else configuration.tokens + 3
+    for k, group_size in ((408, -1), (416, 32), (448, 64), (384, 128)) if group is None else ((408, -1), (384, 128)):
+        generator = torch.Generator().manual_seed(k)
+        linear = random_linear(136, k, group_size, seed=k)
+        factors = torch.randint(-15, 15, linear.scales.shape, generator=generator)
+        factors[factors >= 0] += 1
+        p = pack_marlin(replace(linear, scales=(factors * 2.0**-9).half()))
+        x = torch.randint(-127, 128, (m, k), generator=generator)
+        x[:, ::ACTIVATION_GROUP] = 127  # so that the scale is a power of two
+        activations = (x * 2.0**-5).to(dtype)
+        exact = activations.double() @ dequantize(p).double().T
+        for ctas in (1, 3):
+            out = launch(activations, p, None, list(range(ctas * configuration.pair)), activation_group=group)
+            assert torch.equal(out, exact.to(dtype)), f"{configuration.name}: group_size={group_size} CTAs={ctas}"
+
+
 def test_a_cluster_gives_the_same_bits(kernel: Kernel) -> None:
     """If this failed, sums that CTAs exchange through shared memory would meet in another order, or at wrong places."""
     configuration, dtype, group, launch = kernel
-    if configuration.paired:
-        pytest.skip("CTAs of a pair have different tiles")
+    if configuration.paired or not configuration.wgmma:
+        pytest.skip("CTAs of a pair have different tiles, and mma.sync knows no clusters")
     p, _ = random_packed(configuration, configuration.columns, 2 * configuration.k_step, 64, seed=5)
     activations = torch.randn(11, 2 * configuration.k_step, generator=torch.Generator().manual_seed(5)).to(dtype)
     apart = launch(activations, p, None, [0, 1], activation_group=group)

@@ -1,4 +1,4 @@
-"""What NVRTC makes of csrc/marlin_a8_sm90.cu and marlin_a8_factored_sm90.cu, read from the machine code (as test_compile.py)."""
+"""What NVRTC makes of the kernels for int8 activations, csrc/marlin_a8*.cu, read from the machine code (as test_compile.py)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import functools
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import A8_FACTORED_SM90, A8_SM90, Configuration
+from marlinctl.kernels.configurations import A8_FACTORED_SM80, A8_FACTORED_SM90, A8_SM80, A8_SM90, Configuration
 from tests.kernels.built import CUBINS
 from tests.kernels.machine_code import MachineCode, disassemble
 
@@ -34,13 +35,13 @@ SPILLED = {"a8-wgmma-m64n384k128x5": 32, "a8-wgmma-m128n256k128x5p2ot2": 48, "a8
 
 
 @functools.cache
-def codes(cases: tuple[Case, ...]) -> dict[Case, MachineCode]:
+def codes(cases: tuple[Case, ...], architecture: str = "sm_90a") -> dict[Case, MachineCode]:
     def build(case: Case) -> bytes:
         configuration, dtype, shift, groups = case
-        return jit.cubin(f"{configuration.kernel}.cu", configuration.defines(dtype, shift, groups), "sm_90a", CUBINS)
+        return jit.cubin(f"{configuration.kernel}.cu", configuration.defines(dtype, shift, groups), architecture, CUBINS)
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(cases, disassemble(cases[0][0].kernel, "sm_90a", list(pool.map(build, cases))), strict=True))
+        return dict(zip(cases, disassemble(cases[0][0].kernel, architecture, list(pool.map(build, cases))), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -100,3 +101,66 @@ def test_machine_code_of_factored_weights(case: Case) -> None:
     assert code.count(r"WARPGROUP\.ARRIVE") == steps // configuration.batch, "ptxas has serialized the products, or split a batch"
     assert (code.count(r"UTMALDG\.2D\.MULTICAST") > 0) == configuration.paired
     assert code.count(r"MEMBAR\.ALL\.GPU") <= 4, "at the ends of the kernel and of a tile, not where a stage is released"
+
+
+# With mma.sync.
+AMPERE_QUICK: list[tuple[Case, str]] = [
+    ((A8_SM80[1], torch.float16, 3, False), "sm_80"),
+    ((A8_SM80[2], torch.bfloat16, 1, True), "sm_86"),
+    ((A8_FACTORED_SM80[3], torch.float16, 3, False), "sm_80"),
+    ((A8_FACTORED_SM80[2], torch.bfloat16, -1, False), "sm_89"),
+]
+AMPERE_SLOW: list[tuple[Case, str]] = [
+    ((c, dtype, shift, groups), architecture)
+    for architecture, given in {
+        "sm_80": ((torch.float16, -1), (torch.bfloat16, 1), (torch.float16, 2), (torch.bfloat16, 3)),
+        "sm_86": ((torch.bfloat16, -1), (torch.float16, 1), (torch.bfloat16, 2), (torch.float16, 3)),
+        "sm_89": ((torch.float16, 3), (torch.bfloat16, 3)),
+        "sm_90a": ((torch.float16, 3),),
+    }.items()
+    for c in (*A8_SM80, *A8_FACTORED_SM80)
+    if c.fits(architecture)
+    for dtype, shift in given
+    for groups in ((False,) if c.factored else (False, True))
+    if ((c, dtype, shift, groups), architecture) not in AMPERE_QUICK
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "architecture"),
+    [pytest.param(*both, marks=[] if both in AMPERE_QUICK else pytest.mark.slow) for both in (*AMPERE_QUICK, *AMPERE_SLOW)],
+    ids=lambda given: given if isinstance(given, str) else f"{given[0].name}-{str(given[1])[6:]}-{given[2]}{'-groups' if given[3] else ''}",
+)
+def test_machine_code_for_ampere(case: Case, architecture: str) -> None:
+    """If this failed, the kernel would be slow (spills, conversions in the loop, copies through registers) or not start at all."""
+    configuration, _, shift, groups = case
+    code = codes((case,), architecture)[case]
+    assert code.stack == 0 and code.local == 0 and code.count(r"(LDL|STL)\b.*") == 0
+    assert code.registers * configuration.threads * configuration.ctas <= 65536
+    words, slabs, steps = 4 // configuration.split, configuration.tokens // 8, configuration.k_step // configuration.k_warps // 32
+    assert code.count(r"IMMA\.16832\.S8\.S8") == code.count(r"IMMA.*") == steps * words * slabs, "each of a stage's products, once"
+    assert code.count(r"LDSM\.16\.M88\.4") == steps * slabs // 2, "16 tokens x 32 k at once"
+    sums = words * slabs * 4
+    assert code.count(r"I2F.*") <= 32 + configuration.factored * sums, "a sum of a group becomes a float by a subtraction"
+    if not configuration.factored:
+        closes = configuration.k_step // configuration.k_warps // min(128, 16 << shift if shift >= 0 else 128)
+        assert code.count(r"FADD.*") >= closes * sums and code.count(r"FFMA.*") >= closes * sums
+    weights, activations = configuration.k_step * configuration.columns // 2, configuration.tokens * configuration.k_step
+    copies = (configuration.stages * weights + activations) // 16 // configuration.threads
+    assert code.count(r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128(\.ZFILL)?") >= copies + groups, "cp.async of 16 bytes, past L1"
+    assert code.count(r"ATOM(G|S)?\b.*") == 1 and code.count(r"RED\b.*") == 0, "one integer counter"
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89"])
+def test_ampere_has_a_kernel_that_fits(architecture: str) -> None:
+    """If this failed, sm_86 and sm_89, with 99 KB of shared memory, could not multiply in 8 bits."""
+    for configurations in (A8_SM80, A8_FACTORED_SM80):
+        assert {32, 64} <= {c.tokens for c in configurations if c.fits(architecture)}
+
+
+@pytest.mark.parametrize("configuration", [A8_SM80[0], A8_FACTORED_SM80[0]], ids=lambda c: c.kernel)
+def test_host_and_kernel_agree_on_shared_memory(tmp_path: Path, configuration: Configuration) -> None:
+    """If this failed, a change of the stages on one side alone would write past the end of shared memory."""
+    wrong = [re.sub(r"SHARED_BYTES=\d+", "SHARED_BYTES=4096", define) for define in configuration.defines(torch.float16)]
+    with pytest.raises(jit.CompilationFailed, match="the host allots other shared memory than the kernel uses"):
+        jit.cubin(f"{configuration.kernel}.cu", wrong, "sm_80", tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -26,6 +28,19 @@ def test_sparse_sizes_by_hand() -> None:
     assert (sparse.threads, sparse.columns, sparse.tile_k, sparse.kernel) == (256, 256, 32, "sparse_marlin_sm80")
     # a stage: 64 x 256 survivors of half a byte, 32 x 256 nibbles of metadata, 8 x 128 x 2 of activations, 4 x 256 x 2 of scales
     assert sparse.shared_bytes == 3 * (8192 + 4096 + 2048 + 2048) + 16
+
+
+def test_sizes_of_int8_by_hand() -> None:
+    """If this failed, a launch with int8 activations would have too little shared memory, or another kernel would be launched."""
+    int8 = Configuration(tokens=32, blocks=4, split=2, k_warps=1, k_step=128, stages=4, ctas=1, int8=True)
+    assert (int8.threads, int8.kernel, int8.name) == (256, "marlin_a8_sm80", "a8-m32n256k128x4")
+    # a stage: 128 x 256 / 2 of weights, 32 x 128 of activations, 4 x 256 x 2 of scales, 32 x 4 of token scales
+    assert int8.shared_bytes == 4 * (16384 + 4096 + 2048 + 128) + 16
+    assert [int8.fits(a) for a in ("sm_80", "sm_86", "sm_89", "sm_90a")] == [True] * 4
+    factored = replace(int8, factored=True)
+    assert (factored.kernel, factored.name) == ("marlin_a8_factored_sm80", "a8-m32n256k128x4f")
+    assert int8.defines(torch.float16, 1) != int8.defines(torch.float16, 2), "the group size is compiled in"
+    assert int8.grid(32, 512, 1024, 132, "cluster").cluster == 1
 
 
 HOPPER = Configuration(tokens=16, blocks=6, split=2, k_warps=1, k_step=256, stages=3, ctas=1, wgmma=True)

@@ -10,7 +10,7 @@ import pytest
 
 from marlinctl.checkpoint.source import cache_root
 from marlinctl.kernels import dispatch, jit
-from marlinctl.kernels.configurations import DENSE, SPARSE
+from marlinctl.kernels.configurations import A8_FACTORED_SM80, A8_SM80, DENSE, SPARSE
 from marlinctl.kernels.dispatch import PACKAGED, choose, read, reasoned, table_of, text_of
 from marlinctl.quantize.scheme import Rounding
 
@@ -160,7 +160,37 @@ def test_kernels_and_tool_agree_on_the_cache(variables: dict[str, str], monkeypa
     assert jit.default_folder() == cache_root(None) / "kernels"
 
 
-@pytest.mark.parametrize(("rounding", "factored"), [("int8", False), ("int8-128", False), ("int8", True)])
+WAYS = pytest.mark.parametrize(("rounding", "factored"), [("int8", False), ("int8-128", False), ("int8", True)])
+
+
+@WAYS
+@pytest.mark.parametrize("architecture", jit.ARCHITECTURES)
+def test_8_bits_where_they_were_not_measured(architecture: str, rounding: Rounding, factored: bool) -> None:
+    """If this failed, an A100 or an RTX 40 would never multiply in 8 bits, or with a kernel that it cannot start, or Blackwell would."""
+    found = [choose(architecture, False, m, 4096, 11008, rounding, factored) for m in (64, 65, 128, 129, 512, 100000)]
+    if architecture in ("sm_80", "sm_86", "sm_89"):
+        expected = A8_FACTORED_SM80 if factored else A8_SM80
+        assert all(choice is not None and choice.configuration in expected and choice.configuration.fits(architecture) for choice in found)
+        few = choose(architecture, False, 63, 4096, 11008, rounding, factored)
+        assert few is not None and few.configuration in DENSE
+        assert choose(architecture, True, 64, 4096, 11008, rounding) == choose(architecture, True, 64, 4096, 11008), "2:4 has 16 bits"
+    elif architecture != "sm_90a":
+        assert not any(choice is not None and choice.configuration.int8 for choice in found)
+
+
+def test_a_measured_table_of_8_bits_goes_first(own_cache: Path) -> None:
+    """If this failed, what was measured on such a GPU would not count."""
+    choices = [[96, 64, 64, "16-bit"], [128, 64, 64, f"{A8_SM80[0].name}/1"]]
+    own = {"schema_version": 2, "architectures": {"sm_86": {"rounded": {"measured": {}, "dequantize_from": None, "choices": choices}}}}
+    jit.default_folder().mkdir(parents=True)
+    (jit.default_folder() / "dispatch.json").write_text(json.dumps(own))
+    choice = choose("sm_86", False, 97, 4096, 4096, "int8")
+    assert choice is not None and choice.configuration == A8_SM80[0]
+    assert dispatch.fewest_rounded("sm_86", 4096, 4096, "int8") == 97
+    assert dispatch.fewest_rounded("sm_86", 4096, 4096, "int8-128") == 64
+
+
+@WAYS
 @pytest.mark.parametrize(("n", "k"), [(28672, 4096), (4096, 4096), (64, 64)])
 def test_the_fewest_rows_in_8_bits(n: int, k: int, rounding: Rounding, factored: bool) -> None:
     """If this failed, verify would check 8-bit products with so few rows that the operator makes 16-bit ones of them."""
@@ -170,4 +200,5 @@ def test_the_fewest_rows_in_8_bits(n: int, k: int, rounding: Rounding, factored:
         return found is not None and found.configuration.int8
 
     assert dispatch.fewest_rounded("sm_90a", n, k, rounding, factored) == next(m for m in range(1, 5000) if eight_bits(m))
-    assert dispatch.fewest_rounded("sm_80", n, k, rounding, factored) is None
+    assert dispatch.fewest_rounded("sm_80", n, k, rounding, factored) == 64
+    assert dispatch.fewest_rounded("sm_120", n, k, rounding, factored) is None

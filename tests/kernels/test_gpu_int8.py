@@ -1,4 +1,5 @@
-"""Products with int8 activations on a real GPU (Hopper): every configuration, and the operator as a model calls it."""
+"""Products with int8 activations on a real GPU: every configuration that fits, those of mma.sync on Hopper too, and the operator as a model
+calls it."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from marlinctl.kernels import dispatch, jit
 from marlinctl.kernels.activations import round_activations_for_tiles
-from marlinctl.kernels.configurations import A8_FACTORED_SM90, A8_SM90, Configuration, group_shift
+from marlinctl.kernels.configurations import A8_FACTORED_SM80, A8_FACTORED_SM90, A8_SM80, A8_SM90, Configuration, group_shift
 from marlinctl.kernels.factored import factored_scales
+from marlinctl.kernels.functions import architecture_of
 from marlinctl.kernels.launch import load, multiply
 from marlinctl.kernels.linear import MarlinLinear
 from marlinctl.kernels.ops import marlin_gemm
@@ -41,11 +43,15 @@ def gpu(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("MARLINCTL_CACHE", str(GPU_CACHE))
     if not torch.cuda.is_available():
         pytest.fail("no CUDA device: tests with the marker gpu need one")
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("kernels for int8 activations need Hopper")
+    if torch.cuda.get_device_capability() not in ((8, 0), (8, 6), (8, 9), (9, 0)):
+        pytest.skip("products have int8 activations on Ampere, Ada and Hopper")
     torch.manual_seed(0)
     yield
     torch.cuda.synchronize()
+
+
+def architecture() -> str:
+    return architecture_of(torch.device("cuda", torch.cuda.current_device()))
 
 
 def packed(linear: Linear) -> PackedLinear:
@@ -66,7 +72,7 @@ def linear_of(n: int, k: int, group_size: int, factored: bool) -> Linear:
 
 def has_eight_bits(linear: Linear, m: int, rounding: Rounding, factored: bool) -> bool:
     """Whether the table multiplies so many tokens with 8-bit activations."""
-    choice = dispatch.choose("sm_90a", False, m, linear.n, linear.k, rounding, factored)
+    choice = dispatch.choose(architecture(), False, m, linear.n, linear.k, rounding, factored)
     return choice is not None and choice.configuration.int8
 
 
@@ -77,10 +83,12 @@ def call(linear: Linear, x: Tensor, rounding: Rounding, factored: bool, bias: Te
     return out
 
 
-@pytest.mark.parametrize("configuration", [*A8_SM90, *A8_FACTORED_SM90], ids=lambda c: c.name)
+@pytest.mark.parametrize("configuration", [*A8_SM80, *A8_FACTORED_SM80, *A8_SM90, *A8_FACTORED_SM90], ids=lambda c: c.name)
 def test_every_configuration_in_every_way_of_sharing(configuration: Configuration) -> None:
     """If this failed, a product would be wrong for some group size, number of tokens or way in which CTAs share tiles."""
     device = torch.device("cuda", torch.cuda.current_device())
+    if not configuration.fits(architecture()):
+        pytest.skip(f"{configuration.name} does not fit {architecture()}")
     for n, k, group_size in ((192, 576, 64), (576, 1152, 128), (448, 640, 32), (1024, 2048, -1)):
         linear = linear_of(n, k, group_size, configuration.factored)
         shift, scales = group_shift(packed(linear).group_size, k), linear.tensors[1]
@@ -99,6 +107,29 @@ def test_every_configuration_in_every_way_of_sharing(configuration: Configuratio
                     grid = kernel.grid(m, n, k, 1, sharing)
                     multiply(kernel, rounded.codes, (linear.tensors[0], rounded.scales), scales, None, out, shift, grid)
                     assert error_of(out, exact) <= GATES[torch.float16], f"M={m} N={n} K={k} {group_size} {rounding} {sharing}"
+
+
+@pytest.mark.parametrize("configuration", [A8_SM80[2], A8_FACTORED_SM80[2]], ids=lambda c: c.name)
+def test_rounding_and_a_product_with_mma_sync_that_overlap(configuration: Configuration) -> None:
+    """If this failed, the product would read activations or scales of tokens before the kernel before it has written them."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    linear = linear_of(4096, 4096, 128, configuration.factored)
+    scales = factored_scales(packed(linear)) if configuration.factored else linear.tensors[1]
+    assert scales is not None
+    for rounding in ROUNDINGS[:1] if configuration.factored else ROUNDINGS:
+        group = group_of(rounding)
+        kernel = load(configuration, torch.bfloat16, device, jit.default_folder(), 3, group is not None)
+        for m in (64, 200):
+            x, bias = linear.inputs(m, torch.bfloat16), torch.randn(4096, device="cuda").bfloat16()
+            expected, grid = None, kernel.grid(m, 4096, 4096, 1)
+            for i in range(20):
+                out = torch.full((m, 4096), torch.nan, dtype=torch.bfloat16, device="cuda")
+                rounded = round_on_gpu(x * 1, group, overlap=i > 0)
+                multiply(kernel, rounded.codes, (linear.tensors[0], rounded.scales), scales, bias, out, 3, grid, overlap=i > 0)
+                expected = out if expected is None else expected
+                assert torch.equal(out, expected), f"{rounding} M={m}, call {i}"
+            assert expected is not None
+            assert error_of(expected, gemm_rounded(x, packed(linear), group, bias).double()) <= GATES[torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

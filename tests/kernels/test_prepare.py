@@ -32,9 +32,20 @@ def test_kernels_of_rounded_activations_are_among_them(rounding: Rounding, group
     assert any(not c.int8 for c, *_ in found.kernels), "few tokens have 16-bit activations"
     assert found.roundings == {(torch.float16, 4096, group)}
     assert any(source == "round_activations.cu" for source, _ in found.sources)
-    assert needed("sm_80", [Multiplied(False, 4096, 4096, 128, torch.float16, rounding)]).roundings == frozenset(), (
+    assert needed("sm_120", [Multiplied(False, 4096, 4096, 128, torch.float16, rounding)]).roundings == frozenset(), (
         "no kernel of ours there"
     )
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89"])
+@pytest.mark.parametrize(("size", "shift"), [(32, 1), (-1, -1)])
+def test_kernels_of_rounded_activations_on_ampere_are_those_of_the_group_size(architecture: str, size: int, shift: int) -> None:
+    """If this failed, a server on an A100 would compile under its first prompt: the group size is compiled in there, too."""
+    found = needed(architecture, [Multiplied(False, 4096, 4096, size, torch.bfloat16, "int8")])
+    kernels = {(shift, c.wgmma) for c, _, shift, _ in found.kernels if c.int8}
+    assert kernels == {(shift, False)} and found.roundings == {(torch.bfloat16, 4096, None)}
+    other = needed(architecture, [Multiplied(False, 4096, 4096, 64, torch.bfloat16, "int8")])
+    assert {one for one in found.sources if "a8" in one[0]}.isdisjoint(other.sources)
 
 
 def test_kernels_of_factored_weights_are_among_them() -> None:

@@ -15,10 +15,20 @@ from torch import Tensor
 
 from benchmarks import sanitize_marlin as subject
 from marlinctl.kernels.activations import round_activations_for_tiles
-from marlinctl.kernels.configurations import A8_FACTORED_SM90, A8_SM90, GROUP_SIZES, Configuration, Grid, group_shift
+from marlinctl.kernels.configurations import (
+    A8_FACTORED_SM80,
+    A8_FACTORED_SM90,
+    A8_SM80,
+    A8_SM90,
+    GROUP_SIZES,
+    Configuration,
+    Grid,
+    group_shift,
+)
 from marlinctl.kernels.dispatch import configurations
 
 HOPPER = "sm_90a"
+SUMS, FACTORED = (*A8_SM80, *A8_SM90), (*A8_FACTORED_SM80, *A8_FACTORED_SM90)
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -26,14 +36,14 @@ def test_every_kernel_for_int8_activations_is_there(quick: bool) -> None:
     """If a configuration, a group size or a kind of token scales were left out, its errors in memory would never be seen."""
     found = subject.cases("a8", HOPPER, quick=quick)
     kinds = {(one.configuration, one.token_groups, size) for one in found for _, _, size in one.shapes}
-    factored = set(itertools.product(A8_FACTORED_SM90, (False,), (*GROUP_SIZES, -1)))
-    assert kinds == set(itertools.product(A8_SM90, (False, True), (*GROUP_SIZES, -1))) | factored
+    factored = set(itertools.product(FACTORED, (False,), (*GROUP_SIZES, -1)))
+    assert kinds == set(itertools.product(SUMS, (False, True), (*GROUP_SIZES, -1))) | factored
     shifts = {
         size: {group_shift(k if size == -1 else size, k) for one in found for _, k, s in one.shapes if s == size} for _, _, size in kinds
     }
     assert shifts == {32: {1}, 64: {2}, 128: {3}, -1: {-1}}, "a group of all of K is channel-wise"
     dtypes = Counter((one.configuration, one.token_groups, one.dtype) for one in found)
-    with_both = {*itertools.product(A8_SM90, (False, True)), *itertools.product(A8_FACTORED_SM90, (False,))}
+    with_both = {*itertools.product(SUMS, (False, True)), *itertools.product(FACTORED, (False,))}
     assert set(dtypes) == {(*one, dtype) for one in with_both for dtype in subject.DTYPES} and set(dtypes.values()) == {2}
     for one in found:
         assert all(n % 8 == 0 and k % 8 == 0 and (size == -1 or k % size == 0) for n, k, size in one.shapes)

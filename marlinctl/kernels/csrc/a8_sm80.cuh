@@ -9,6 +9,8 @@ constexpr bool GROUPED = GROUP_SHIFT >= 0;
 constexpr int GROUP_TILES = GROUPED ? 1 << (GROUPED ? GROUP_SHIFT : 0) : K_STEP / 16;  // rows of words
 constexpr int SUM_TILES = GROUP_TILES < 8 ? GROUP_TILES : 8;                           // of them, those that are summed in int32
 using IntSums = int[WORDS][SLABS][4];
+using StepWords = unsigned[2][4];           // of 32 k: a lane's words in two rows
+using StepTokens = unsigned[SLABS / 2][4];  // the two registers of B of eight tokens, and of the next eight
 
 static_assert(TOKENS % 16 == 0, "ldmatrix reads four matrices: 16 tokens x 32 k");
 static_assert(K_STEP / K_WARPS % TOKEN_GROUP == 0, "a warp's part of k ends with a group, of weights and of activations");
@@ -52,8 +54,8 @@ struct TokenScaleCopies {
     }
 };
 
-// Where results go, and the scales of tokens, one for each, or null. Sums are scaled here and not in write_result, which would load the scale of a
-// token again for every 8 columns: that takes half of the kernel's instructions.
+// Where results go, and the scales of tokens that have one each. They multiply sums here, and not in the other write_result, which would
+// load them again for every 8 columns: that was half of the kernel's instructions.
 struct TokenOutput {
     Output output;
     const float* token_scales;  // [M']
@@ -69,7 +71,7 @@ __device__ __forceinline__ void write_result(
     for (int slab = first_slab; slab < first_slab + WRITTEN; ++slab) {
         const unsigned token = at.token_tile * TOKENS + slab * 8 + role.lane % 4 * 2;
         float2 scale = make_float2(1.0f, 1.0f);
-        if (to.token_scales != nullptr) scale = *reinterpret_cast<const float2*>(to.token_scales + (token < row ? token : 0));
+        if (!TOKEN_GROUPS) scale = *reinterpret_cast<const float2*>(to.token_scales + (token < row ? token : 0));
 #pragma unroll
         for (int word = 0; word < OWN; ++word)
 #pragma unroll
@@ -85,8 +87,8 @@ struct Int8 {
     static constexpr int TILE_K = 16, META_BYTES = 0, BESIDE_BYTES = K_STEP / TOKEN_GROUP * TOKENS * 4;
     static constexpr bool GROUPS_END_IN_STAGES = true;
 
-    // A warp's part of a stage: step(tile, words, b) for each 32 of its k, which are rows `tile` and the next of the stage's words. b[slab / 2]
-    // has the two registers of a slab of eight tokens, and those of the next.
+    // A warp's part of a stage: step(i, tile, words, b) for each 32 of its k, rows `tile` and the next of the stage's words, and i and the
+    // next of the warp's.
     template <class Weights, class Step>
     static __device__ __forceinline__ void each_step(
         const char* shared, const unsigned& shared_base, int stage_index, const ThreadRole& role, const Step& step
@@ -95,13 +97,14 @@ struct Int8 {
         const unsigned lane = role.lane;
         const char* words_at = shared + stage_index * S::BYTES + (role.block * 32 + lane) * 16 + role.first_word * 4;
         const unsigned activations_at = shared_base + stage_index * S::BYTES + S::ACTIVATIONS_AT;
-        const unsigned matrix = lane / 8;                      // that this lane names for ldmatrix
-        const unsigned row = matrix / 2 * 8 + lane % 8;        // its token
-        const unsigned chunk = matrix % 2 ^ lane % 8;          // its 16 of k, swizzled, in the first step
+        const unsigned matrix = lane / 8;                // that this lane names for ldmatrix
+        const unsigned row = matrix / 2 * 8 + lane % 8;  // its token
+        const unsigned chunk = matrix % 2 ^ lane % 8;    // its 16 of k, swizzled, in the first step
 #pragma unroll
         for (int i = 0; i < S::WARP_TILES; i += 2) {
             const unsigned tile = role.k_warp * S::WARP_TILES + i;
-            unsigned words[2][4], b[SLABS / 2][4];
+            StepWords words;
+            StepTokens b;
             load_words(words[0], words_at + tile * (BLOCKS * 512));
             load_words(words[1], words_at + (tile + 1) * (BLOCKS * 512));
 #pragma unroll

@@ -1,5 +1,5 @@
-// What the GEMMs for Ampere and later have in common: the stages of a CTA, the copies into them, and the end of an output tile. marlin_sm80.cu,
-// sparse_marlin_sm80.cu and those for int8 activations (a8_sm80.cuh) each give the rest as a policy, Weights:
+// What the GEMMs for Ampere and later have in common: the stages of a CTA, the copies into them, and the end of an output tile.
+// marlin_sm80.cu, sparse_marlin_sm80.cu and those for int8 activations (a8_sm80.cuh) each give the rest as a policy, Weights:
 //
 //   TILE_K                    k of a row of words
 //   META_BYTES                of metadata, for a row of words of 64 columns; 0: none
@@ -8,7 +8,7 @@
 //   multiply(...)             a warp's part of a stage; it calls close(stage, first_tile, k_tile) where tile k_tile ends a group
 //   close(...)                adds the sums of a group to those of the tile
 //   end(...)                  puts what is left of them into the sums of the tile, and they are as before the first one
-//   BESIDE_BYTES, Beside      of what is copied into a stage with activations; SixteenBit has what kernels without it have
+//   BESIDE_BYTES, Beside      of what is copied into a stage together with activations
 //
 // shared_base and the like are passed by reference: by value, some configurations take one to three registers more (NVRTC 13.0).
 //

@@ -5,15 +5,16 @@
 //   activations   [M, K'] int8      rounded by round_activations.cu, in the order of the tile (marlin_a8_sm90.cu)
 //   token_scales  [M'] float32      one for each token
 //   qweight       [K'/16, 2N']      int32, MARLIN tiles
-//   factors       [G' + 1, N']      16 bits, of kernels/factored.py: rows of factors and, as the last row, channel scales. Channel-wise: that row
+//   factors       [G' + 1, N']      16 bits: rows of factors and, as the last row, channel scales (kernels/factored.py). Channel-wise: that
+//                                   row alone
 //
 //   out[m, n] = token_scale[m] * channel_scale[n] * (sum over all k of code * factor * activation)  + bias[n]
 //
-// marlin_a8_factored_sm90.cu is the same for Hopper and explains how words become code * factor. The sum over all of K is exact, int32, so there
-// are no float sums beside it: its registers hold twice the tokens of marlin_a8_sm80.cu, which explains the fragments. Scales of this form are
-// QServe's and LiquidGEMM's (arXiv 2405.04532, 2509.01229).
+// marlin_a8_factored_sm90.cu is the same for Hopper, and explains how words become code * factor; marlin_a8_sm80.cu explains the fragments.
+// The sum over all of K is exact, int32, and there are no float sums beside it: registers hold twice as many tokens. QServe (Lin et al.,
+// arXiv 2405.04532) and LiquidGEMM (Hu et al., arXiv 2509.01229) have scales of this form.
 //
-// NOT MEASURED on sm_80, 86 or 89: nothing of ours has been timed there, configurations are reasoned (kernels/configurations.py).
+// MEASURED.  Nothing on sm_80, 86 and 89.
 //
 // LIMITS.  As marlin_a8_sm80.cu; K at most 131,072 (factored.py).
 #include "a8_sm80.cuh"
@@ -48,10 +49,11 @@ struct FactoredWeights : Int8 {
         GroupSums& whole_sums, const char* shared, const unsigned& shared_base, int stage_index, int, const ThreadRole& role, const Groups&,
         const Close&
     ) {
-        const char* factors_at =
-            shared + stage_index * Stage<FactoredWeights>::BYTES + Stage<FactoredWeights>::SCALES_AT + (role.block * 64 + role.lane / 4 * 8 + 2 * role.first_word) * 2;
+        using S = Stage<FactoredWeights>;
+        const char* stage = shared + stage_index * S::BYTES;
+        const char* factors_at = stage + S::SCALES_AT + (role.block * 64 + role.lane / 4 * 8 + 2 * role.first_word) * 2;
         Factors factors[WORDS];
-        each_step<FactoredWeights>(shared, shared_base, stage_index, role, [&](int i, unsigned tile, const unsigned(&words)[2][4], const unsigned(&b)[SLABS / 2][4]) {
+        auto step = [&](int i, unsigned tile, const StepWords& words, const StepTokens& b) {
             if (GROUPED && i % GROUP_TILES == 0) {
                 unsigned pairs[4];
                 load_words(pairs, factors_at + tile / GROUP_TILES * (COLUMNS * 2));
@@ -65,11 +67,11 @@ struct FactoredWeights : Int8 {
                 else decode_int8(a, words[0][word], words[1][word]);
 #pragma unroll
                 for (int slab = 0; slab < SLABS; ++slab) {
-                    const unsigned(&both)[4] = b[slab / 2];
-                    mma_int8(whole_sums[word][slab], a, both[slab % 2 * 2], both[slab % 2 * 2 + 1]);
+                    mma_int8(whole_sums[word][slab], a, b[slab / 2][slab % 2 * 2], b[slab / 2][slab % 2 * 2 + 1]);
                 }
             }
-        });
+        };
+        each_step<FactoredWeights>(shared, shared_base, stage_index, role, step);
     }
 };
 

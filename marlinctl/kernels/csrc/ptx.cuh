@@ -205,9 +205,9 @@ __device__ __forceinline__ void mma_int8_onto(int (&d)[4], const unsigned (&a)[4
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c));
 }
 
-// mma.sp.m16n8k32: as mma.sync.m16n8k16 with a 2:4 matrix a, 16 x 32, of which the 16 x 16 kept values are stored as above; b is 32 x 8. e says
-// where they were: four bits for each four columns, the places of the two in rising order (ordered_metadata). Of each four lanes
-// two hold what is used, the first two where `selector` is 0, the others where it is 1.
+// mma.sp.m16n8k32: as mma.sync.m16n8k16 with a 2:4 matrix a, 16 x 32, of which the 16 x 16 kept values are stored as above; b is 32 x 8. e
+// says where they were: four bits for each four columns, the places of the two in rising order (ordered_metadata). Of each four lanes two
+// hold what is used, the first two where `selector` is 0, the others where it is 1.
 template <int selector>
 __device__ __forceinline__ void mma_sparse_half(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned e) {
     asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 "
