@@ -35,8 +35,11 @@ KERNELS = [
     for group in (None, ACTIVATION_GROUP)
 ]
 KERNELS += [pytest.param((FACTORED[name], type_of(name), None)) for name in SHOWN_FACTORED]
-# With mma.sync: all, which differ in tokens and stages; each kind of scales of tokens, and each type.
+# With mma.sync: those differ in tokens and stages alone. What else the sources allow, all words of a block in a warp, warps that share k and
+# 256 of k in a stage, has one that no table names.
+SHARED_K = Configuration(tokens=16, blocks=2, split=1, k_warps=2, k_step=256, stages=2, ctas=1, int8=True)
 AMPERE: list[tuple[Configuration, torch.dtype, int | None]] = [
+    (SHARED_K, torch.float16, ACTIVATION_GROUP),
     (A8_SM80[0], torch.float16, None),
     (A8_SM80[2], torch.bfloat16, ACTIVATION_GROUP),
     (A8_FACTORED_SM80[2], torch.bfloat16, None),
@@ -45,7 +48,7 @@ AMPERE: list[tuple[Configuration, torch.dtype, int | None]] = [
 KERNELS += [pytest.param(case) for case in AMPERE]
 KERNELS += [
     pytest.param((c, dtype, group), marks=pytest.mark.slow)
-    for c in (*A8_SM80, *A8_FACTORED_SM80)
+    for c in (*A8_SM80, *A8_FACTORED_SM80, SHARED_K, replace(SHARED_K, factored=True))
     for dtype, group in ((torch.float16, None), (torch.float16, ACTIVATION_GROUP))
     if (c, dtype, group) not in AMPERE and not (c.factored and group)
 ]
