@@ -23,7 +23,7 @@ from marlinctl.benchmarking.table import as_text, text_table
 from marlinctl.errors import EnvironmentProblem, UsageError
 from marlinctl.kernels import jit
 from marlinctl.kernels.configurations import SHARED_BYTES, Configuration, group_shift
-from marlinctl.kernels.dispatch import FACTORED, configurations
+from marlinctl.kernels.dispatch import EIGHT_BITS_FROM, FACTORED, configurations
 from marlinctl.kernels.functions import architecture_of
 from marlinctl.kernels.launch import unpack_defines, unpack_shared_bytes
 
@@ -160,7 +160,7 @@ def _jobs(architecture: str, group_sizes: Sequence[int] = GROUPS) -> list[Job]:
             for size in group_sizes if c.wgmma else (None,):  # -1, channel-wise, is group_shift's K here
                 defines = c.defines(numbers) if size is None else c.defines(numbers, group_shift(size, -1))
                 jobs.append(Job(c.name, kind, size, source, defines, dtype, architecture, c.shared_bytes))
-        for c in (c for c in configurations(FACTORED) if c.fits(architecture)):
+        for c in _rounding(architecture):
             for size in group_sizes:
                 for groups in (False,) if c.factored else (False, True):  # of activations that share a scale
                     defines = c.defines(numbers, group_shift(size, -1), groups)
@@ -171,6 +171,12 @@ def _jobs(architecture: str, group_sizes: Sequence[int] = GROUPS) -> list[Job]:
             defines, shared = unpack_defines(sparse, numbers), unpack_shared_bytes(sparse)
             jobs.append(Job(f"{'sparse-' if sparse else ''}unpack", kind, None, "unpack.cu", defines, dtype, architecture, shared))
     return sorted(jobs, key=lambda job: job.kind)
+
+
+def _rounding(architecture: str) -> list[Configuration]:
+    """Those for int8 activations that `dispatch` may choose there: none on Blackwell, and on Hopper those with wgmma."""
+    fitting = (c for c in configurations(FACTORED) if c.fits(architecture))
+    return [c for c in fitting if c.wgmma or architecture in EIGHT_BITS_FROM]
 
 
 def _refuse_strangers(architectures: Sequence[str], only: Sequence[str]) -> None:
