@@ -55,7 +55,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    tokens: int  # M of an output tile: 8, 16, 32 or 64, with wgmma also 48, 96 and 128
+    tokens: int  # M of an output tile: 8, 16, 32 or 64, with wgmma also 48, 96 and 128, of int8 up to 256
     blocks: int  # N of an output tile, in blocks of 64
     split: int
     k_warps: int

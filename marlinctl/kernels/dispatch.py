@@ -177,7 +177,7 @@ def reasoned(architecture: str, kind: str) -> Table:
 
 
 def reasoned_rounded(architecture: str, kind: str) -> Table:
-    """The same of 8-bit activations, for one of EIGHT_BITS_FROM. A dense weight never pays: its product would have 16 bits."""
+    """The same of 8-bit activations, for one of EIGHT_BITS_FROM. No dense weight is made: its product would have 16 bits."""
     start = EIGHT_BITS_FROM[architecture]
     found = [(tokens, c) for tokens, c in _first_of_each(architecture, kind) if tokens >= start]
     return Table(None, (Row(start - 1, 4096, 4096, None), *(Row(tokens, 4096, 4096, Choice(c, c.ctas)) for tokens, c in found)))

@@ -49,7 +49,7 @@ class Needed:
 
     @property
     def sources(self) -> set[tuple[str, tuple[str, ...]]]:
-        """Source and defines, as jit.cubin takes them. Kernels of mma.sync serve all group sizes, and come up once."""
+        """Source and defines, as jit.cubin takes them. Kernels of mma.sync for 16 bits serve all group sizes, and come up once."""
         kernels = {(f"{c.kernel}.cu", c.defines(dtype, shift, groups)) for c, dtype, shift, groups in self.kernels}
         kernels |= {("round_activations.cu", rounding_defines(*one)) for one in self.roundings}
         return kernels | {("unpack.cu", unpack_defines(sparse, dtype)) for sparse, dtype in self.unpacks}

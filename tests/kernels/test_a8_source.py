@@ -35,8 +35,8 @@ KERNELS = [
     for group in (None, ACTIVATION_GROUP)
 ]
 KERNELS += [pytest.param((FACTORED[name], type_of(name), None)) for name in SHOWN_FACTORED]
-# With mma.sync: those differ in tokens and stages alone. What else the sources allow, all words of a block in a warp, warps that share k and
-# 256 of k in a stage, has one that no table names.
+# With mma.sync: those differ in tokens and stages alone. What else the sources allow, all words of a block in a warp, warps that share k
+# and 256 of k in a stage, has one that no table names.
 SHARED_K = Configuration(tokens=16, blocks=2, split=1, k_warps=2, k_step=256, stages=2, ctas=1, int8=True)
 AMPERE: list[tuple[Configuration, torch.dtype, int | None]] = [
     (SHARED_K, torch.float16, ACTIVATION_GROUP),

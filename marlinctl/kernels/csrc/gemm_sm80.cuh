@@ -20,7 +20,7 @@
 //
 //   weights      [K_STEP/TILE_K][BLOCKS][32 lanes]  16 bytes each, as in memory: every lane reads back the 16 bytes of its own
 //   metadata     [K_STEP/TILE_K][BLOCKS][2][8]      16 bytes each, as in memory: the 8 rows of a matrix lie in different banks
-//   activations  [TOKENS][K_STEP/8]                 16 bytes each, swizzled (tile.cuh)
+//   activations  [TOKENS][CHUNKS]                   16 bytes each, swizzled (tile.cuh)
 //   scales       [K_STEP/32][64 BLOCKS]             float16, the rows of the groups that the stage touches
 //   beside       BESIDE_BYTES
 template <class Weights>
