@@ -151,9 +151,9 @@ class Arguments:
         self.address = ctypes.addressof(self._addresses)  # the driver copies the arguments before the launch returns
         self.pack = partial(layout.pack_into, buffer, 0)
 
-    def begin_with(self, address: int) -> None:
-        """The first argument is at this address instead: a tensor map, where kernels for Hopper have it."""
-        self._addresses[0] = address
+    def begin_with(self, activations: int, weights: int) -> None:
+        """The first two arguments are at these addresses instead: tensor maps, where kernels for Hopper have them."""
+        self._addresses[0], self._addresses[1] = activations, weights
 
 
 class _Mine(threading.local):

@@ -223,7 +223,11 @@ def multiply(
     arguments.pack(*pointers, m, n, k, grid.whole, shift)
     if configuration.wgmma:
         make_current(function)
-        arguments.begin_with(_mine.maps.of(given, m, k, configuration.tokens // configuration.pair, activations.itemsize))
+        maps, qweight = _mine.maps, weights[0]
+        arguments.begin_with(
+            maps.of_activations(given, m, k, configuration.tokens // configuration.pair, activations.itemsize),
+            maps.of_weights(qweight.data_ptr(), *qweight.shape, configuration.blocks, configuration.k_step // configuration.tile_k),
+        )
     enqueue(function, grid.ctas, stream, arguments, overlap=overlap and function.overlaps, cluster=grid.cluster)
 
 

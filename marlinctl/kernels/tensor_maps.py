@@ -1,52 +1,74 @@
-"""Activations as Hopper's copy engine knows them: maps by address and size, which kernels are given in the place of a pointer."""
+"""Activations and weights as Hopper's copy engine knows them: maps by address and size, which kernels are given in the place of a pointer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from marlinctl.kernels.driver import done, driver
 
-MOST_MAPS = 4096  # that a thread keeps
+MOST_MAPS = 4096  # of activations, and of weights, that a thread keeps
+BLOCK_BYTES = 512  # of words of 64 columns: 32 lanes, four words
 
 
 class TensorMaps:
-    """Those of one thread: made once, and kept for a while, as allocators hand out the same addresses again and again. A launch copies the
-    map, so a CUDA graph has its own.
+    """Those of one thread: made once, and kept for a while, as allocators hand out the same addresses again and again. A launch copies its
+    maps, so a CUDA graph has its own.
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int, int, int, int], Any] = {}
+        self._of_activations: dict[Hashable, Any] = {}
+        self._of_weights: dict[Hashable, Any] = {}
 
-    def of(self, address: int, m: int, k: int, tokens: int, size: int) -> int:
+    def of_activations(self, address: int, m: int, k: int, tokens: int, size: int) -> int:
         """Activations [M, K] at an address, `size` bytes each, in boxes of `tokens` x 128 bytes: the address of their map, which is there
         until the next call."""
-        key = (address, m, k, tokens, size)
-        known = self._known.get(key)
-        if known is None:
-            if len(self._known) == MOST_MAPS:
-                self._known.clear()
-            known = self._known[key] = _tensor_map(*key)
-        return int(known.getPtr())
+        return _kept(self._of_activations, _activations, address, m, k, tokens, size)
+
+    def of_weights(self, address: int, rows: int, columns: int, blocks: int, box_rows: int) -> int:
+        """Words [rows, columns] int32 at an address, in boxes of `box_rows` x `blocks` blocks: as of_activations."""
+        return _kept(self._of_weights, _weights, address, rows, columns * 4 // BLOCK_BYTES, blocks, box_rows)
 
 
-def _tensor_map(address: int, m: int, k: int, tokens: int, size: int) -> Any:
-    """A matrix of numbers of 1 or 2 bytes, rows of multiples of 16; zeros outside, 128-byte swizzle (CUDA driver API,
-    cuTensorMapEncodeTiled)."""
+def _kept(known: dict[Hashable, Any], make: Callable[..., Any], *key: int) -> int:
+    found = known.get(key)
+    if found is None:
+        if len(known) == MOST_MAPS:
+            known.clear()
+        found = known[key] = make(*key)
+    return int(found.getPtr())
+
+
+def _activations(address: int, m: int, k: int, tokens: int, size: int) -> Any:
+    """A matrix of numbers of 1 or 2 bytes, rows of multiples of 16, 128-byte swizzle."""
     cuda = driver()
     kinds = cuda.CUtensorMapDataType
-    sizes, strides = [cuda.cuuint64_t(k), cuda.cuuint64_t(m)], [cuda.cuuint64_t(size * k)]
-    box, steps = [cuda.cuuint32_t(128 // size), cuda.cuuint32_t(tokens)], [cuda.cuuint32_t(1), cuda.cuuint32_t(1)]
+    kind = kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8 if size == 1 else kinds.CU_TENSOR_MAP_DATA_TYPE_UINT16
+    return _map(kind, address, (k, m), (size * k,), (128 // size, tokens), cuda.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B)
+
+
+def _weights(address: int, rows: int, row_blocks: int, blocks: int, box_rows: int) -> Any:
+    """Blocks of 128 words, as they lie in memory."""
+    cuda = driver()
+    kind, swizzle = cuda.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_INT32, cuda.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE
+    sizes, strides = (BLOCK_BYTES // 4, row_blocks, rows), (BLOCK_BYTES, BLOCK_BYTES * row_blocks)
+    return _map(kind, address, sizes, strides, (BLOCK_BYTES // 4, blocks, box_rows), swizzle)
+
+
+def _map(kind: Any, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], swizzle: Any) -> Any:
+    """Zeros outside (CUDA driver API, cuTensorMapEncodeTiled)."""
+    cuda = driver()
     return done(
         cuda.cuTensorMapEncodeTiled(
-            kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8 if size == 1 else kinds.CU_TENSOR_MAP_DATA_TYPE_UINT16,
-            2,
+            kind,
+            len(sizes),
             address,
-            sizes,
-            strides,
-            box,
-            steps,
+            [cuda.cuuint64_t(size) for size in sizes],
+            [cuda.cuuint64_t(stride) for stride in strides],
+            [cuda.cuuint32_t(size) for size in box],
+            [cuda.cuuint32_t(1) for _ in sizes],
             cuda.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            cuda.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            swizzle,
             cuda.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
             cuda.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )

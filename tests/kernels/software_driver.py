@@ -48,7 +48,8 @@ class SoftwareDriver:
     status: Status = Status.CUDA_SUCCESS  # of the next launch
     overlap: bool = False  # whether the launch under way may begin early
     cluster: int = 1  # CTAs of a cluster of it
-    maps: int = 0  # tensor maps that were made
+    maps: int = 0  # tensor maps of activations that were made
+    weight_maps: int = 0
     launches: list[SimpleNamespace] = field(default_factory=list)
     memory: list[Any] = field(default_factory=list)
     modes: list[object] = field(default_factory=list)  # of capture, as the thread changed them
@@ -97,10 +98,12 @@ class SoftwareDriver:
         assert (y, z, ty, tz, extra) == (1, 1, 1, 1, 0)
         addresses = (ctypes.c_void_p * len(function.names)).from_address(params)
         given = {name: KINDS[name].from_address(address).value for name, address in zip(function.names, addresses, strict=True)}
-        if function.tokens:  # what is there instead of the activations' address is a map, which begins with it
-            assert addresses[0] is not None
+        if function.tokens:  # what is there instead of the addresses of activations and weights are maps, which begin with them
+            assert addresses[0] is not None and addresses[1] is not None
             sizes = (ctypes.c_uint64 * 4).from_address(addresses[0])
             assert list(sizes)[1:] == [given["k"], given["m"], function.tokens], "the map is of another matrix, or another box"
+            sizes_of_weights = [-(-given["n"] // 64), -(-given["k"] // 64) * 64 // function.tile_k, *function.box]
+            assert list((ctypes.c_uint64 * 5).from_address(addresses[1]))[1:] == sizes_of_weights, "the map is of other weights"
         how = {"threads": threads, "shared": shared, "stream": stream, "overlap": self.overlap, "cluster": self.cluster}
         self.launches.append(SimpleNamespace(**given, ctas=x, **how))
         if self.status is not Status.CUDA_SUCCESS:
@@ -111,23 +114,33 @@ class SoftwareDriver:
         return (Status.CUDA_SUCCESS,)
 
     cuuint32_t = cuuint64_t = int
-    CUtensorMapDataType = SimpleNamespace(CU_TENSOR_MAP_DATA_TYPE_UINT16="uint16", CU_TENSOR_MAP_DATA_TYPE_UINT8="uint8")
+    CUtensorMapDataType = SimpleNamespace(CU_TENSOR_MAP_DATA_TYPE_UINT16="uint16", CU_TENSOR_MAP_DATA_TYPE_UINT8="uint8", CU_TENSOR_MAP_DATA_TYPE_INT32="int32")
     CUtensorMapInterleave = SimpleNamespace(CU_TENSOR_MAP_INTERLEAVE_NONE="none")
-    CUtensorMapSwizzle = SimpleNamespace(CU_TENSOR_MAP_SWIZZLE_128B="128 bytes")
+    CUtensorMapSwizzle = SimpleNamespace(CU_TENSOR_MAP_SWIZZLE_128B="128 bytes", CU_TENSOR_MAP_SWIZZLE_NONE="none")
     CUtensorMapL2promotion = SimpleNamespace(CU_TENSOR_MAP_L2_PROMOTION_L2_128B="128 bytes")
     CUtensorMapFloatOOBfill = SimpleNamespace(CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE="zeros")
 
     def cuTensorMapEncodeTiled(
         self, kind: str, rank: int, address: int, sizes: list[int], strides: list[int], box: list[int], steps: list[int], *how: str
     ) -> tuple[Status, SimpleNamespace]:
-        """Not the driver's 128 bytes, but what launches are looked at for: address, K, M, tokens of a box."""
-        assert (rank, steps, how) == (2, [1, 1], ("none", "128 bytes", "128 bytes", "zeros"))
-        size = {"uint16": 2, "uint8": 1}[kind]
+        """Not the driver's 128 bytes, but what launches are looked at for: address, sizes and box; of activations K, M and tokens, of
+        weights blocks, rows, and the box's blocks and rows.
+        """
         assert self.bound, "the driver may want a context"
-        k, m = sizes
-        assert strides == [size * k] and box[0] == 128 // size and box[1] <= 256 and address % 16 == 0 and strides[0] % 16 == 0
-        made = (ctypes.c_uint64 * 4)(address, k, m, box[1])
-        self.maps += 1
+        assert steps == [1] * rank and how[0] == "none" and how[2:] == ("128 bytes", "zeros") and address % 16 == 0
+        if kind == "int32":
+            words, *rest = sizes
+            assert (rank, words, box[0], how[1]) == (3, 128, 128, "none") and strides == [512, 512 * sizes[1]] and max(box) <= 256
+            numbers = (address, *rest, *box[1:])
+            self.weight_maps += 1
+        else:
+            size = {"uint16": 2, "uint8": 1}[kind]
+            k, m = sizes
+            assert (rank, how[1]) == (2, "128 bytes") and strides == [size * k]
+            assert box[0] == 128 // size and box[1] <= 256 and strides[0] % 16 == 0
+            numbers = (address, k, m, box[1])
+            self.maps += 1
+        made = (ctypes.c_uint64 * len(numbers))(*numbers)
         return Status.CUDA_SUCCESS, SimpleNamespace(getPtr=lambda: ctypes.addressof(made), made=made)
 
     def CUlaunchAttribute(self) -> SimpleNamespace:
@@ -186,7 +199,8 @@ def software_kernel(
         None if where is None else library_of(configuration, dtype, where, shift=3 if shift is None else shift, token_groups=token_groups)
     )
     tokens = configuration.tokens // configuration.pair if configuration.wgmma else 0  # of a box of activations
-    handle = SimpleNamespace(library=library, names=SPARSE if configuration.sparse or configuration.int8 else DENSE, tokens=tokens)
+    c, box = configuration, (configuration.blocks, configuration.k_step // configuration.tile_k)  # of a box of weights
+    handle = SimpleNamespace(library=library, names=SPARSE if c.sparse or c.int8 else DENSE, tokens=tokens, tile_k=c.tile_k, box=box)
     sizes = (configuration.threads, configuration.shared_bytes, resident)
     function = Function(handle, "context", DEVICE, *sizes, registers=0, local_bytes=0, overlaps=overlaps)
     return LoadedKernel(configuration, dtype, function, multiprocessors, Path("cache"), shift, token_groups)

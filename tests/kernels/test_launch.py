@@ -79,6 +79,12 @@ def test_a_map_is_made_once_for_activations_at_an_address(driver: SoftwareDriver
     for x in (second[:1], first):
         launch(kernel, x, p, None, out[: len(x)], Grid(1))
     assert driver.maps == 5, "the others were let go"
+    assert driver.weight_maps == 1, "one weight, in boxes of one size"
+    other, _ = random_packed(CLUSTERED, 192, 512, 128, seed=1)
+    for weight in (other, p, other):
+        launch(kernel, first, weight, None, out, Grid(1))
+    assert driver.weight_maps == 2
+    assert [entry.qweight for entry in driver.launches][-3:] == [weight.qweight.data_ptr() for weight in (other, p, other)]
 
 
 def test_clusters_are_asked_for(driver: SoftwareDriver) -> None:

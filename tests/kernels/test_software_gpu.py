@@ -109,7 +109,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("software-gpu")
     (folder / "main.cpp").write_text(PROGRAM)
     files = {name: (SOFTWARE_GPU / name).read_text("utf-8") for name in ("ptx.cuh", "ptx_sm90.cuh")}
-    return ctypes.CDLL(str(kernel_library(files, [f"TOKENS={TOKENS}"], folder / "build", folder / "main.cpp")))
+    defines = [f"TOKENS={TOKENS}", "BLOCKS=1", "K_STEP=128", "SPARSE=0"]
+    return ctypes.CDLL(str(kernel_library(files, defines, folder / "build", folder / "main.cpp")))
 
 
 def run(library: ctypes.CDLL, what: int, a: Tensor, b: Tensor, out: Tensor, order: tuple[bool, bool]) -> Tensor:

@@ -32,6 +32,8 @@ HOPPER_BOTH = [
     ("barrier_wait(ring.full(place.stage), place.parity);", "", "does not wait for a stage"),
     ("part * (TOKENS * 128), activations", "0, activations", "one place for all boxes"),
     ("at.token_tile * TOKENS, full", "0, full", "the first tokens for all"),
+    ("qweight, first_block, at.step * K_TILES", "qweight, first_block, 0", "the first rows of weights for all"),
+    ("qweight, first_block, at.step * K_TILES", "qweight, 0, at.step * K_TILES", "the first columns of weights for all"),
     ("wgmma_wait<1>();  // the batch before", "wgmma_wait<2>();  //", "decodes over what is multiplied"),
     ("words_at + (i + AHEAD)", "words_at + i", "a step's words twice"),
 ]

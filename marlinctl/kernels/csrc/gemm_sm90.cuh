@@ -16,7 +16,7 @@
 
 template <class Products, class Output>
 __device__ __forceinline__ void gemm_sm90(
-    const TensorMap& activations, const char* qweight, const char* meta, const char* beside, const char* scales, const Output& output,
+    const TensorMap& activations, const TensorMap& qweight, const char* meta, const char* beside, const char* scales, const Output& output,
     float4* partials, int* counters, unsigned m, unsigned n, unsigned k, int whole
 ) {
     using S = typename Products::S;
@@ -41,14 +41,17 @@ __device__ __forceinline__ void gemm_sm90(
         const Stripes stripes = make_stripes();
         const unsigned thread = thread_index() - THREADS, warp = thread / 32, lane = thread % 32;
         if (warp == 0) {
+            if (lane == 0) prefetch_map(qweight);
             const unsigned n_blocks = blocks_of_n(), k_tiles = tiles_of_k();
             const unsigned groups = GROUPED ? (k_tiles + GROUP_TILES - 1) / GROUP_TILES : 1;
             produce(stripes, ring, [&](const Cursor& at, int stage) {
                 const unsigned first_block = at.slice * BLOCKS, blocks = blocks_inside(first_block, n_blocks);
                 const unsigned to = shared_base + stage * S::BYTES, full = ring.full(stage);
-                if (lane == 0) barrier_arrive_expecting(full, blocks * (K_TILES * (512 + Products::META_BYTES) + GROUP_ROWS * 128));
+                if (lane == 0) {
+                    barrier_arrive_expecting(full, BLOCKS * K_TILES * 512 + blocks * (K_TILES * Products::META_BYTES + GROUP_ROWS * 128));
+                    copy_blocks(to + S::WEIGHTS_AT, qweight, first_block, at.step * K_TILES, full);
+                }
                 __syncwarp();
-                copy_rows<K_TILES, 512>(to + S::WEIGHTS_AT, qweight, at.step * K_TILES, k_tiles, n_blocks, first_block, blocks, full, lane);
                 if constexpr (Products::META_BYTES > 0) {
                     copy_rows<K_TILES, Products::META_BYTES>(
                         to + S::META_AT, meta, at.step * K_TILES, k_tiles, n_blocks, first_block, blocks, full, lane

@@ -192,7 +192,7 @@ struct A8Products {
 
 extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) marlin_a8_sm90(
     const __grid_constant__ TensorMap activations,  // [M, K'] int8, in boxes of TOKENS x 128
-    const char* __restrict__ qweight,      // [K'/16, N'/64] of 512 bytes: 32 lanes, four words
+    const __grid_constant__ TensorMap qweight,      // [K'/16, N'/64] of 512 bytes (32 lanes, four words), in boxes of K_STEP/16 x BLOCKS
     const char* __restrict__ token_scales,  // [M'] or [G128, M'] float32
     const char* __restrict__ scales,       // [G', N'] float16
     const unsigned short* __restrict__ bias,  // [N] as the output, or null

@@ -72,7 +72,7 @@ struct DenseWeights {
 
 extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) marlin_sm90(
     const __grid_constant__ TensorMap activations,  // [M, K] 16-bit, in boxes of TOKENS x 64
-    const char* __restrict__ qweight,      // [K'/16, N'/64] of 512 bytes: 32 lanes, four words
+    const __grid_constant__ TensorMap qweight,      // [K'/16, N'/64] of 512 bytes (32 lanes, four words), in boxes of K_STEP/16 x BLOCKS
     const char* __restrict__ scales,       // [G', N'] float16
     const unsigned short* __restrict__ bias,  // [N] as activations, or null
     unsigned* __restrict__ out,            // [M, N/2] pairs

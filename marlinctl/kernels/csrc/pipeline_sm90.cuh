@@ -3,7 +3,7 @@
 // A CTA has THREADS consumers that multiply, two or three warpgroups, and after them one producer warpgroup that copies and releases most of
 // its registers (setmaxnreg):
 //
-//   warp 0 of it       weights (and metadata) and scales, contiguous runs, by the copy engine (cp.async.bulk)
+//   warp 0 of it       weights, boxes of a tensor map, and (metadata and) scales, contiguous runs, by the copy engine (cp.async.bulk)
 //   warp 1             activations, boxes of a tensor map, into the 128-byte swizzle that wgmma reads (cp.async.bulk.tensor)
 //   warps 2 and 3      let the next kernel start; they exist because setmaxnreg applies to four warps at once
 //
@@ -14,7 +14,11 @@
 //
 // full[stage] completes a phase when all bytes of both have arrived, empty[stage] when every consumer warp has arrived.
 //
-// WHY A TENSOR MAP.  The host makes one for each address, which takes microseconds for a new address. Two warps with cp.async need none; no
+// WHY TENSOR MAPS.  Of weights: a stage has eight to 32 rows of words, runs of 1 to 4 KB. A copy each, which the copy engine works off one after
+// another, kept the activations waiting behind them: 4096 x 14336 took 22.4 us at M = 64 and 28.4 at 96, with one box for all of them 19.0 and
+// 24.6 (NVIDIA H200, 2026-12-01, docs/log/2026-12-01-copies-of-weights.md).
+//
+// Of activations: the host makes one for each address, which takes microseconds for a new address. Two warps with cp.async need none; no
 // warp waited for them, and up to 32 tokens they are as fast. But 128 tokens took 651 us with them and 549 with a map, 64 tokens 383
 // and 355, 128 tokens of 2:4 466 and 382 (73728 x 18432, alternating): an H200 under load is limited by its 700 W power cap, and copies by
 // threads presumably take more power.

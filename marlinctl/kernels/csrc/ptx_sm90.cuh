@@ -59,7 +59,13 @@ __device__ __forceinline__ void copy_box(unsigned shared, const TensorMap& map, 
                  "l"(&map), "r"(x), "r"(y), "r"(barrier)
                  : "memory");
 }
-// The same to CTAs 0 and 1 of the cluster, at the same place in both, and it counts at the barrier of that place in each.
+// The box of a matrix of blocks of 512 bytes that begins at this block and row, as it lies in memory.
+__device__ __forceinline__ void copy_blocks(unsigned shared, const TensorMap& map, unsigned block, unsigned row, unsigned barrier) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(shared),
+                 "l"(&map), "r"(0), "r"(block), "r"(row), "r"(barrier)
+                 : "memory");
+}
+// copy_box to CTAs 0 and 1 of the cluster, at the same place in both, and it counts at the barrier of that place in each.
 __device__ __forceinline__ void copy_box_to_pair(unsigned shared, const TensorMap& map, unsigned x, unsigned y, unsigned barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),

@@ -93,7 +93,7 @@ static_assert(Stage<SparseWeights>::WARP_TILES % SparseWeights::META_TILES == 0,
 
 extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) sparse_marlin_sm90(
     const __grid_constant__ TensorMap activations,  // [M, K] 16-bit, in boxes of TOKENS x 64
-    const char* __restrict__ qweight,      // [K'/32, N'/64] of 512 bytes: 32 lanes, four words
+    const __grid_constant__ TensorMap qweight,      // [K'/32, N'/64] of 512 bytes (32 lanes, four words), in boxes of K_STEP/32 x BLOCKS
     const char* __restrict__ meta,         // [K'/32, N'/64] of 256 bytes: two matrices, 8 rows, eight int16
     const char* __restrict__ scales,       // [G', N'] float16
     const unsigned short* __restrict__ bias,  // [N] as activations, or null

@@ -389,6 +389,21 @@ void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned barrier) 
         end_phase_if_complete(at);
     });
 }
+void copy_blocks(unsigned to, const TensorMap& map, unsigned block, unsigned row, unsigned barrier, unsigned box_blocks, unsigned box_rows) {
+    if (reinterpret_cast<uintptr_t>(map.matrix) % 16 || to % 128) std::abort();
+    Mbarrier& at = mbarrier_at(barrier);
+    begin(at, [=, &at] {
+        for (unsigned i = 0; i < box_rows; ++i)
+            for (unsigned j = 0; j < box_blocks; ++j) {
+                char* place = shared_bytes(to) + (i * box_blocks + j) * 512;
+                std::memset(place, 0, 512);
+                if (row + i >= map.rows || block + j >= map.columns) continue;
+                std::memcpy(place, map.matrix + (static_cast<size_t>(row + i) * map.columns + block + j) * 512, 512);
+            }
+        at.bytes -= box_rows * box_blocks * 512;
+        end_phase_if_complete(at);
+    });
+}
 // As the host's map for the 128-byte swizzle says: a row of the box is 128 bytes, 64 numbers or 128.
 void copy_box(unsigned to, const TensorMap& map, unsigned x, unsigned y, unsigned barrier, unsigned box_rows, unsigned rank) {
     const unsigned in_16_bytes = 16 / map.number_bytes;

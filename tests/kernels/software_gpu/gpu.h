@@ -11,7 +11,7 @@ struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct dim3 { unsigned x; };
 
-struct TensorMap {  // of a matrix of 16-bit numbers, or of bytes
+struct TensorMap {  // of a matrix of 16-bit numbers, of bytes, or of blocks of 512 bytes
     const char* matrix;
     unsigned columns, rows;
     unsigned number_bytes = 2;
@@ -71,6 +71,7 @@ void barrier_arrive(unsigned barrier, unsigned expected_bytes);
 void barrier_arrive_at(unsigned rank, unsigned barrier);  // of the cluster
 void barrier_wait(unsigned barrier, unsigned parity);
 void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned barrier);
+void copy_blocks(unsigned to, const TensorMap& map, unsigned block, unsigned row, unsigned barrier, unsigned box_blocks, unsigned box_rows);
 void copy_box(unsigned to, const TensorMap& map, unsigned x, unsigned y, unsigned barrier, unsigned box_rows, unsigned rank);
 unsigned cluster_size();
 unsigned cluster_rank();

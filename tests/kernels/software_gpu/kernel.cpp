@@ -45,7 +45,13 @@ struct Pointer {  // to whatever the kernel says it is
 };
 
 void gpu::run_thread(const Arguments& a) {
-    const Pointer qweight{a.qweight}, meta{a.meta}, scales{a.scales}, out{a.out};
+    const Pointer meta{a.meta}, scales{a.scales}, out{a.out};
+#if WGMMA
+    const unsigned rows_of_words = (static_cast<unsigned>(a.k) + 63) / 64 * (SPARSE ? 2 : 4);
+    const TensorMap qweight{static_cast<const char*>(a.qweight), (static_cast<unsigned>(a.n) + 63) / 64, rows_of_words};
+#else
+    const Pointer qweight{a.qweight};
+#endif
 #if EIGHT_BIT && WGMMA
     const TensorMap activations{a.activations, (static_cast<unsigned>(a.k) + 63) / 64 * 64, static_cast<unsigned>(a.m), 1};
 #elif WGMMA

@@ -15,6 +15,9 @@ inline void copy_box(unsigned to, const TensorMap& map, unsigned x, unsigned y, 
 inline void copy_box_to_pair(unsigned to, const TensorMap& map, unsigned x, unsigned y, unsigned barrier) {
     for (unsigned rank = 0; rank < 2; ++rank) gpu::copy_box(to, map, x, y, barrier, TOKENS / 2, rank);
 }
+inline void copy_blocks(unsigned to, const TensorMap& map, unsigned block, unsigned row, unsigned barrier) {
+    gpu::copy_blocks(to, map, block, row, barrier, BLOCKS, K_STEP / (SPARSE ? 32 : 16));
+}
 inline void prefetch_map(const TensorMap&) {}
 inline unsigned cluster_size() { return gpu::cluster_size(); }
 inline unsigned cluster_rank() { return gpu::cluster_rank(); }
