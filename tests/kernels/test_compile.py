@@ -177,9 +177,8 @@ def test_machine_code_for_hopper(case: Case) -> None:
     if not sums_of_groups:  # one for each batch, and one behind the last stage of a tile
         assert code.count(r"WARPGROUP\.DEPBAR\.LE") == tiles // batch + 1, "ptxas waits for products at the end of every stage"
 
-    assert code.count(r"UBLKCP\..*") == (2 if configuration.sparse else 1) + (shift >= 0), (
-        "weights, metadata and scales, by the copy engine"
-    )
+    assert code.count(r"UTMALDG\.3D") == 1, "weights, one box of a tensor map for each stage"
+    assert code.count(r"UBLKCP\..*") == configuration.sparse + (shift >= 0), "metadata and scales, by the copy engine"
     assert code.count(r"UTMALDG\.2D") > 0, "activations, boxes of a tensor map"
     assert code.count(r"LDGSTS.*") == 0, "a copy by threads"
     assert code.count(r"ACQBULK") > 0, "the wait for the grid before"

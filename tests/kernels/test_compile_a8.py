@@ -67,8 +67,9 @@ def test_machine_code(case: Case) -> None:
     sums = steps // k_of_sum * words * configuration.tokens // 2
     conversions = code.count(r"I2FP\.F32\.S32")
     assert sums <= conversions <= sums + 32, "one for each sum of a group; the rest are integer divisions of addresses"
-    copies = 1 + (shift >= 0) + groups * (configuration.k_step // 128)
-    assert code.count(r"UBLKCP\..*") == copies, "weights, scales and scales of tokens, by the copy engine"
+    assert code.count(r"UTMALDG\.3D") == 1, "weights, one box of a tensor map for each stage"
+    copies = (shift >= 0) + groups * (configuration.k_step // 128)
+    assert code.count(r"UBLKCP\..*") == copies, "scales and scales of tokens, by the copy engine"
     assert code.count(r"UTMALDG\.2D") > 0, "activations, boxes of a tensor map"
     assert code.count(r"ACQBULK") > 0 and code.count(r"PREEXIT") > 0, "the wait for the grid before, and the next grid is let in"
     assert code.count(r"ATOM(G|S)?\b.*") == 1 and not any(re.match(r"RED\b", name) for name in code.instructions), "one integer counter"

@@ -16,7 +16,7 @@
 //
 // WHY TENSOR MAPS.  Of weights: a stage has eight to 32 rows of words, runs of 1 to 4 KB. A copy each, which the copy engine works off one after
 // another, kept the activations waiting behind them: 4096 x 14336 took 22.4 us at M = 64 and 28.4 at 96, with one box for all of them 19.0 and
-// 24.6 (NVIDIA H200, 2026-12-01, docs/log/2026-12-01-copies-of-weights.md).
+// 24.6 (NVIDIA H200, 2026-12-01, docs/log/2026-12-01-copies-and-order.md).
 //
 // Of activations: the host makes one for each address, which takes microseconds for a new address. Two warps with cp.async need none; no
 // warp waited for them, and up to 32 tokens they are as fast. But 128 tokens took 651 us with them and 549 with a map, 64 tokens 383
@@ -114,7 +114,7 @@ struct UnreleasedStage {
 // previous stage when the products of that one have completed. finish(stripes, unit) is as in run_stages.
 //
 // The outer loop is over parts, a part being what this CTA computes of one tile. Registers are scarce in the inner loop, so it knows only
-// the end of the part, and the stripes are computed again after each part.
+// the end of the part, and the stripes are computed again before the end of each part and after it.
 template <class MakeStripes, class Multiply, class Finish>
 __device__ __forceinline__ void consume(MakeStripes make_stripes, const Ring& ring, const ThreadRole& role, Multiply multiply, Finish finish) {
     Place place;
@@ -131,9 +131,8 @@ __device__ __forceinline__ void consume(MakeStripes make_stripes, const Ring& ri
         } while (++unit != end);
         wgmma_wait<0>();
         unreleased.release();
-        const Stripes stripes = make_stripes();
-        finish(stripes, unit - 1);
-        unit = stripes.after_or_none(unit - 1);
+        finish(make_stripes(), unit - 1);
+        unit = make_stripes().after_or_none(unit - 1);
     }
 }
 

@@ -15,7 +15,7 @@
 // Its run of the cut tiles comes first: while some CTAs reduce, others compute whole tiles. The tile of m is the fastest of the two, and whole
 // tiles are dealt out in turn. So CTAs that work at the same time have the same weights, as many as there are tiles of m, and all tiles of m
 // near the same k: both come from memory once. With consecutive tiles for each CTA every tile of m brought the weights anew, and 4,096 tokens
-// took a tenth longer (73728 x 18432, int8; docs/log/2026-12-01-tile-order.md).
+// took a tenth longer (73728 x 18432, int8; docs/log/2026-12-01-copies-and-order.md).
 //
 // PAIRS.  On Hopper two CTAs of a cluster may be a pair: neighbouring tiles of n with the same tokens and the same k, so that each copies
 // half of the activations, to both (pipeline_sm90.cuh). Then what is cut into runs is pairs of tiles, and CTAs below are pairs of CTAs.
@@ -47,6 +47,7 @@ struct Stripes {
     int run, longer;  // units of a CTA's run; the first `longer` CTAs take one unit more
     int begin, jump;  // of this CTA: its first unit, and where its run ends
     int resume, end;  // and where its whole tiles begin and end; both are `jump` where it has none
+    int others;       // units between two of its whole tiles
 
     __device__ __forceinline__ Stripes(int slices, int token_tiles, int steps, int whole) : token_tiles(token_tiles), steps(steps) {
         const int ctas = cta_count() / PAIR, cta = cta_index() / PAIR;
@@ -55,16 +56,16 @@ struct Stripes {
         run = units / ctas, longer = units % ctas;
         begin = cta * run + min(cta, longer);
         jump = begin + run + (cta < longer ? 1 : 0);
-        resume = whole ? units + cta * whole * steps : jump;
-        end = resume + whole * steps;
+        others = (ctas - 1) * steps;
+        resume = whole ? units + cta * steps : jump;
+        end = whole ? resume + (whole - 1) * ctas * steps + steps : jump;
         if (begin == jump) begin = resume;
     }
 
     __device__ __forceinline__ Cursor at(int unit) const {
-        const int in_whole = unit - resume;  // negative in the run of cut tiles
-        const int tile = in_whole < 0 ? unit / steps : cut + in_whole / steps * (cta_count() / PAIR) + cta_index() / PAIR;
+        const int tile = unit / steps;
         const int slice = tile / token_tiles * PAIR + static_cast<int>(rank_in_pair());
-        return Cursor{slice, tile % token_tiles, (in_whole < 0 ? unit : in_whole) % steps, unit};
+        return Cursor{slice, tile % token_tiles, unit % steps, unit};
     }
 
     __device__ __forceinline__ Cursor first() const { return at(begin); }
@@ -76,20 +77,22 @@ struct Stripes {
         if (++at.unit == jump) {
             at = this->at(resume);
         } else if (++at.step == steps) {
-            at = this->at(at.unit);
+            at = this->at(at.unit > resume ? at.unit + others : at.unit);
         }
     }
 
     // Whether this CTA's part of a tile ends with the unit, which is step `step` of its tile.
     __device__ __forceinline__ bool ends_part(int unit, int step) const { return step == steps - 1 || unit + 1 == jump; }
 
-    // The next unit of this CTA after `unit`.
-    __device__ __forceinline__ int after(int unit) const { return unit + 1 == jump ? resume : unit + 1; }
+    // The next unit of this CTA after the last one of a part.
+    __device__ __forceinline__ int after_part(int unit) const {
+        return unit + 1 == jump ? resume : unit + 1 > resume ? unit + 1 + others : unit + 1;
+    }
 
     // The same, or NONE at the end.
     static constexpr int NONE = -1;
     __device__ __forceinline__ int begin_or_none() const { return begin < end ? begin : NONE; }
-    __device__ __forceinline__ int after_or_none(int unit) const { return after(unit) < end ? after(unit) : NONE; }
+    __device__ __forceinline__ int after_or_none(int unit) const { return after_part(unit) < end ? after_part(unit) : NONE; }
 
     // Where this CTA's part of the tile of a unit ends: one behind its last unit.
     __device__ __forceinline__ int part_end(int unit) const {
@@ -139,7 +142,7 @@ __device__ __forceinline__ void run_stages(
     wait_for_previous_kernel();
     read_first_activations();
     int stage = 0;
-    for (int unit = stripes.begin; unit < stripes.end; unit = stripes.after(unit)) {
+    for (int unit = stripes.begin; unit < stripes.end;) {
         copy_async_wait<STAGES - 2>();
         __syncthreads();  // all threads' copies have arrived, and all warps have read the stage that is filled next
         if (stripes.inside(fetching)) {
@@ -153,6 +156,7 @@ __device__ __forceinline__ void run_stages(
         const bool last = stripes.ends_part(unit, step);
         if (last) finish(unit, stage, step);
         step = last ? 0 : step + 1;
+        unit = last ? stripes.after_part(unit) : unit + 1;
         stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
 }
