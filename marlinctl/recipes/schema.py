@@ -349,12 +349,17 @@ def _with_parents(found: _Found, children: tuple[str, ...], deprecated: Callable
 
 
 def _drop_rounding(values: dict[str, Any], own: Mapping[str, Any]) -> None:
-    """Whoever turns the rounding of another recipe off means its groups too, and the scales that only kernels for it have a use for."""
+    """Whoever turns the rounding of another recipe off means its groups too, and the scales that only kernels for it have a use for; and
+    whoever gives a token several scales means the latter.
+    """
     said = own.get("quantize")
-    if isinstance(said, Mapping) and said.get("activations") == "16-bit":
-        for name, default in (("activation_group", ACTIVATION_GROUP), ("group_scales", "float16")):
-            if name not in said:
-                values["quantize"][name] = default
+    if not isinstance(said, Mapping):
+        return
+    off = said.get("activations") == "16-bit"
+    if off and "activation_group" not in said:
+        values["quantize"]["activation_group"] = ACTIVATION_GROUP
+    if (off or said.get("activation_group") == ACTIVATION_GROUP) and "group_scales" not in said:
+        values["quantize"]["group_scales"] = "float16"
 
 
 def _merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

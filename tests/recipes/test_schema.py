@@ -182,6 +182,14 @@ def test_who_turns_rounding_off_need_not_know_its_groups(tmp_path: Path) -> None
     assert child.quantize == without.quantize
 
 
+def test_several_scales_a_token_leave_group_scales_as_they_are() -> None:
+    """If they stayed integers, every weight would be less exact for a kernel that scales each group's sums and gains nothing from it."""
+    grouped, _ = resolve(load_recipe("int4-a8"), {"quantize.activation_group": 128})
+    assert grouped.quantize.group_scales == "float16"
+    asked, _ = resolve(load_recipe("int4-a8"), {"quantize.activation_group": 128, "quantize.group_scales": "integer"})
+    assert asked.quantize.group_scales == "integer"
+
+
 # Everything that can be wrong with a file: text, id, line:column, part of the fix
 
 WRONG = {
