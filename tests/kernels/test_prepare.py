@@ -45,7 +45,7 @@ def test_kernels_of_rounded_activations_on_ampere_are_those_of_the_group_size(ar
     """If this failed, a server on an A100 would compile under its first prompt: the group size is compiled in there, too."""
     found = needed(architecture, [Multiplied(False, 4096, 4096, size, torch.bfloat16, "int8")])
     kernels = {(shift, c.wgmma) for c, _, shift, _ in found.kernels if c.int8}
-    assert kernels == {(shift, False)} and found.roundings == {(torch.bfloat16, 4096, None)}
+    assert kernels == {(shift, False)} and found.roundings == {(torch.bfloat16, 4096, None, False)}
     other = needed(architecture, [Multiplied(False, 4096, 4096, 64, torch.bfloat16, "int8")])
     assert {one for one in found.sources if "a8" in one[0]}.isdisjoint(other.sources)
 
