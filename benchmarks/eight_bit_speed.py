@@ -1,13 +1,15 @@
 """8-bit activations: every configuration of the kernels for int8, checked and timed, beside 16-bit products and torch's fp8.
 
-    PYTHONPATH=. python benchmarks/eight_bit_speed.py --shapes 73728x18432 --tokens 64,128,256 [--kernels sm80] [--json FILE] [--table]
+    PYTHONPATH=. python benchmarks/eight_bit_speed.py --shapes 73728x18432 --tokens 64,128,256 [--kernels sm80] [--sparse] [--json FILE]
+        [--table]
 
 On Ampere, Ada or Hopper: those configurations that fit the GPU, or of them --kernels, sm80 (mma.sync) or sm90 (wgmma). Each product is
 checked against float64 of the same 8-bit activations and 4-bit weights, and then timed as `marlinctl bench` does: CUDA graphs, cold
 weights, candidates in turns, medians (marlinctl/benchmarking/timing.py). "tokens": one scale for each token; "groups": one for each 128
-of K; "factored": one for each token, and scales of weights that are integers times one scale for each output. Times are of the product
-alone, or where "rounded" follows of rounding and product, as a model calls it. --table prints the rows of kernels/dispatch.json, kind by
-kind: of each shape and M the fastest with rounding, or 16-bit activations where they are faster; nothing else is timed then.
+of K; "factored": one for each token, and scales of weights that are integers times one scale for each output. With --sparse the weights
+are 2:4, which have the last alone, on Hopper, and "w4a16" is their product with 16-bit activations. Times are of the product alone, or
+where "rounded" follows of rounding and product, as a model calls it. --table prints the rows of kernels/dispatch.json, kind by kind: of
+each shape and M the fastest with rounding, or 16-bit activations where they are faster; nothing else is timed then.
 """
 
 from __future__ import annotations
@@ -15,12 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -32,14 +33,15 @@ from marlinctl.benchmarking.weights import packed_bytes, random_packed
 from marlinctl.kernels import jit
 from marlinctl.kernels.activations import RoundedActivations, round_activations_for_tiles
 from marlinctl.kernels.configurations import Configuration, Sharing, group_shift
-from marlinctl.kernels.dispatch import FACTORED, ROUNDED, SIXTEEN_BIT, Choice, configurations
+from marlinctl.kernels.dispatch import FACTORED, ROUNDED, SIXTEEN_BIT, SPARSE_FACTORED, Choice, configurations
 from marlinctl.kernels.factored import factored_scales
 from marlinctl.kernels.functions import architecture_of
+from marlinctl.kernels.int8_metadata import metadata_for_int8
 from marlinctl.kernels.launch import LoadedKernel, load, multiply
-from marlinctl.kernels.ops import marlin_gemm
+from marlinctl.kernels.ops import marlin_gemm, sparse_marlin_gemm
 from marlinctl.kernels.reference import gemm_rounded
 from marlinctl.kernels.rounding import round_on_gpu
-from marlinctl.pack.types import PackedLinear
+from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 from marlinctl.quantize.scheme import ACTIVATION_GROUP
 
 GROUP_SIZE = 128
@@ -48,12 +50,14 @@ CHECKED_TOKENS = (1, 37, 131, 300)
 KERNELS = ("sm80", "sm90")
 GROUPS = {"tokens": None, "groups": ACTIVATION_GROUP, "factored": None}  # of activations that share a scale
 TABLES = {"tokens": ROUNDED["int8"], "groups": ROUNDED["int8-128"], "factored": FACTORED}  # kinds of dispatch.json
+SPARSE_TABLES = {"factored": SPARSE_FACTORED}
 
 
 @dataclass(frozen=True)
 class Weight:
-    p: PackedLinear
+    p: PackedLinear | PackedSparseLinear
     factored: Tensor  # its scales once more
+    metadata: tuple[Tensor, ...] = ()  # of 2:4: in the order of 8-bit products
 
 
 @dataclass(frozen=True)
@@ -74,17 +78,18 @@ class Product:
         p = weight.p
         grid = self.kernel.grid(out.shape[0], p.out_features, p.in_features, 1, self.sharing)
         shift, scales = group_shift(p.group_size, p.in_features), weight.factored if self.kernel.configuration.factored else p.scales
-        multiply(self.kernel, rounded.codes, (p.qweight, rounded.scales), scales, None, out, shift, grid, None, overlap=True)
+        weights = (p.qweight, *weight.metadata, rounded.scales)
+        multiply(self.kernel, rounded.codes, weights, scales, None, out, shift, grid, None, overlap=True)
         return out
 
     def rounding_too(self, x: Tensor, weight: Weight, out: Tensor) -> Tensor:
-        return self.of(weight, round_on_gpu(x, GROUPS[self.kind], overlap=True), out)
+        return self.of(weight, round_on_gpu(x, GROUPS[self.kind], overlap=True, sparse=bool(weight.metadata)), out)
 
 
-def loaded(device: torch.device, families: Sequence[str]) -> list[Product]:
+def loaded(device: torch.device, families: Sequence[str], tables: Mapping[str, str], only: Sequence[str]) -> list[Product]:
     folder, started = jit.default_folder(), time.perf_counter()
-    fitting = {kind: [c for c in configurations(TABLES[kind]) if c.fits(architecture_of(device))] for kind in GROUPS}
-    wanted = [(c, kind) for kind in GROUPS for c in fitting[kind] if KERNELS[c.wgmma] in families]
+    fitting = {kind: [c for c in configurations(table) if c.fits(architecture_of(device))] for kind, table in tables.items()}
+    wanted = [(c, kind) for kind in tables for c in fitting[kind] if KERNELS[c.wgmma] in families and (not only or c.name in only)]
 
     def one(wanted: tuple[Configuration, str]) -> LoadedKernel:
         return load(wanted[0], torch.float16, device, folder, 3, GROUPS[wanted[1]] is not None)
@@ -95,26 +100,26 @@ def loaded(device: torch.device, families: Sequence[str]) -> list[Product]:
     return [Product(kernel, kind, sharing) for kernel, (c, kind) in zip(kernels, wanted, strict=True) for sharing in c.sharings]
 
 
-def random_weight(shape: Shape, generator: torch.Generator) -> Weight:
+def random_weight(sparse: bool, shape: Shape, generator: torch.Generator) -> Weight:
     """With factors of 7 to 16, half of them negative, and channel scales of seven significant bits."""
-    p = cast(PackedLinear, random_packed("dense", shape, generator))
+    p = random_packed("sparse" if sparse else "dense", shape, generator)
     factors = torch.randint(7, 16, p.scales.shape, device=generator.device, generator=generator)
     factors *= 1 - 2 * torch.randint(0, 2, p.scales.shape, device=generator.device, generator=generator)
     channel = torch.randint(64, 128, (1, shape.n), device=generator.device, generator=generator) * 2.0**-17
     p = replace(p, scales=(factors * channel).half())
     factored = factored_scales(p)
     assert factored is not None
-    return Weight(p, factored)
+    return Weight(p, factored, (metadata_for_int8(p.meta),) if isinstance(p, PackedSparseLinear) else ())
 
 
-def check(products: list[Product], gpu: Gpu, shape: Shape) -> None:
+def check(products: list[Product], gpu: Gpu, shape: Shape, sparse: bool) -> None:
     """Relative error of every product, for odd numbers of tokens. SystemExit where one is above MOST_ERROR."""
-    weight, worst = random_weight(shape, gpu.generator(1)), 0.0
+    weight, worst = random_weight(sparse, shape, gpu.generator(1)), 0.0
     for m in CHECKED_TOKENS:
         x = torch.randn(m, shape.k, device=gpu.device, dtype=torch.float16, generator=gpu.generator(m)) + 0.1
         for kind, group in GROUPS.items():
-            rounded = round_activations_for_tiles(x, group)
-            assert all(torch.equal(a, b) for a, b in zip(vars_of(rounded), vars_of(round_on_gpu(x, group)), strict=True))
+            rounded = round_activations_for_tiles(x, group, sparse)
+            assert all(torch.equal(a, b) for a, b in zip(vars_of(rounded), vars_of(round_on_gpu(x, group, sparse=sparse)), strict=True))
             expected = gemm_rounded(x, weight.p, group).double()
             for product in products:
                 if product.kind == kind:
@@ -130,13 +135,13 @@ def vars_of(rounded: RoundedActivations) -> tuple[Tensor, Tensor]:
     return rounded.codes, rounded.scales
 
 
-def times(gpu: Gpu, products: list[Product], shape: Shape, m: int, replays: int, only_rounded: bool) -> dict[str, Sample]:
+def times(gpu: Gpu, products: list[Product], shape: Shape, m: int, replays: int, only_rounded: bool, sparse: bool) -> dict[str, Sample]:
     generator, n = gpu.generator(0), shape.n
-    copies = copies_for(packed_bytes("dense", shape), gpu.l2_bytes)
-    weights = [random_weight(shape, generator) for _ in range(copies)]
+    copies = copies_for(packed_bytes("sparse" if sparse else "dense", shape), gpu.l2_bytes)
+    weights = [random_weight(sparse, shape, generator) for _ in range(copies)]
     x = torch.randn(m, shape.k, device=gpu.device, dtype=torch.float16, generator=generator)
     out = torch.empty(m, n, device=gpu.device, dtype=torch.float16)
-    rounded = {kind: round_activations_for_tiles(x, group) for kind, group in GROUPS.items()}
+    rounded = {kind: round_activations_for_tiles(x, group, sparse) for kind, group in GROUPS.items()}
     candidates: dict[str, Candidate] = {}
     known = set()
     for product in products:
@@ -159,10 +164,12 @@ def times(gpu: Gpu, products: list[Product], shape: Shape, m: int, replays: int,
 
     def sixteen_bit(i: int) -> object:
         p = weights[i % copies].p
+        if isinstance(p, PackedSparseLinear):
+            return sparse_marlin_gemm(x, p.qweight, p.meta, p.scales, n, GROUP_SIZE, None, True)
         return marlin_gemm(x, p.qweight, p.scales, n, GROUP_SIZE, None, True)
 
     def rounding(group: int | None, i: int) -> object:
-        return round_on_gpu(x, group, overlap=True)
+        return round_on_gpu(x, group, overlap=True, sparse=sparse)
 
     candidates["w4a16"] = Candidate(sixteen_bit, copies)
     candidates |= {f"rounding alone, {kind}": Candidate(partial(rounding, group), 1) for kind, group in GROUPS.items()}
@@ -182,25 +189,28 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--replays", type=int, default=10)
     parser.add_argument("--top", type=int, default=2, help="of each kind, how many are printed")
+    parser.add_argument("--sparse", action="store_true", help="2:4 weights")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="a configuration; repeatable")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     gpu = Gpu(0)
     document: dict[str, dict[str, float]] = {}
     with gpu.current():
-        products = loaded(gpu.device, given.kernels)
+        tables = SPARSE_TABLES if given.sparse else TABLES
+        products = loaded(gpu.device, given.kernels, tables, given.only)
         if not products:
-            parser.error(f"no kernel of {', '.join(given.kernels)} fits {gpu.name}")
-        check(products, gpu, Shape(768, 1408, GROUP_SIZE))
+            parser.error(f"no kernel of {', '.join(given.kernels)} fits {gpu.name}, or none is called so")
+        check(products, gpu, Shape(768, 1408, GROUP_SIZE), given.sparse)
         print(f"{gpu.name}, driver {gpu.driver}; microseconds, median of {given.replays}\n")
         for n, k in (map(int, text.split("x")) for text in given.shapes.split(",")):
             for m in map(int, given.tokens.split(",")):
-                found = times(gpu, products, Shape(n, k, GROUP_SIZE), m, given.replays, given.table)
+                found = times(gpu, products, Shape(n, k, GROUP_SIZE), m, given.replays, given.table, given.sparse)
                 print(f"N={n} K={k} M={m}")
                 for name, sample in _first(found, given.top):
                     print(f"  {sample.median:9.1f}  {2 * n * k * m / sample.median / 1e6:7.0f} TFLOP/s  {name}", flush=True)
                 document[f"{n}x{k}x{m}"] = {name: sample.median for name, sample in found.items()}
-                for kind, table in TABLES.items() if given.table else ():
+                for kind, table in tables.items() if given.table else ():
                     print(f"     {table}: {json.dumps([m, n, k, _best(found, kind)])},", flush=True)
                 gpu.free()
     if given.json:

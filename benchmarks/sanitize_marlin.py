@@ -7,7 +7,7 @@
 
     --kernels dense, sparse     products of 16-bit activations
               a8                products of int8 activations: every configuration that fits the GPU, those of mma.sync on Hopper too, group
-                                size and kind of token scales, and of factored weights, whose CTAs on Hopper are pairs
+                                size and kind of token scales, and of factored weights, dense and 2:4, whose CTAs on Hopper are pairs
               rounding          activations to int8: with kernel_substring=round_activations
     --quick                     fewer shapes and rows, for racecheck, which is slow
     --part 1/4                  the first of every four kernels, where one run takes too long
@@ -37,9 +37,10 @@ import torch
 from marlinctl.kernels import jit
 from marlinctl.kernels.activations import round_activations_for_tiles
 from marlinctl.kernels.configurations import GROUP_SIZES, LARGEST_CLUSTER, SHARINGS, Configuration, Grid, group_shift
-from marlinctl.kernels.dispatch import FACTORED, KINDS, configurations
+from marlinctl.kernels.dispatch import FACTORED, KINDS, SPARSE_FACTORED, configurations
 from marlinctl.kernels.factored import factored_scales
 from marlinctl.kernels.functions import architecture_of
+from marlinctl.kernels.int8_metadata import metadata_for_int8
 from marlinctl.kernels.launch import launch, load, load_unpack, multiply, unpack, unpack_defines
 from marlinctl.kernels.rounding import defines as rounding_defines
 from marlinctl.kernels.rounding import round_on_gpu
@@ -86,10 +87,11 @@ class Rounding:
     dtype: torch.dtype
     k: int
     group: int | None
+    sparse: bool = False  # for 2:4 weights, which have none of groups
 
     @property
     def sources(self) -> set[tuple[str, tuple[str, ...]]]:
-        return {("round_activations.cu", rounding_defines(self.dtype, self.k, self.group))}
+        return {("round_activations.cu", rounding_defines(self.dtype, self.k, self.group, self.sparse))}
 
 
 def cases(kernels: str, architecture: str, *, quick: bool) -> list[Case]:
@@ -105,7 +107,7 @@ def cases(kernels: str, architecture: str, *, quick: bool) -> list[Case]:
                 QUICK_A8_TOKENS if quick else A8_TOKENS,
                 groups,
             )
-            for configuration in configurations(FACTORED)
+            for configuration in (*configurations(FACTORED), *configurations(SPARSE_FACTORED))
             if configuration.fits(architecture)
             for (place, (size, shapes)), groups in turns
             if not (configuration.factored and groups)
@@ -116,7 +118,8 @@ def cases(kernels: str, architecture: str, *, quick: bool) -> list[Case]:
 
 
 def roundings(*, quick: bool) -> list[Rounding]:
-    return [Rounding(*one) for one in itertools.product(DTYPES, ROUNDED_K[::2] if quick else ROUNDED_K, GROUPS)]
+    kinds = itertools.product(DTYPES, ROUNDED_K[::2] if quick else ROUNDED_K, (*((group, False) for group in GROUPS), (None, True)))
+    return [Rounding(dtype, k, group, sparse) for dtype, k, (group, sparse) in kinds]
 
 
 def main() -> int:
@@ -178,19 +181,21 @@ def launched(case: Case) -> Iterator[bool]:
     dtype, configuration = case.dtype, case.configuration
     for n, k, size in case.shapes:
         p = packed("sparse" if configuration.sparse else "dense", n, k, size)
-        scales = factored_scales(p) if configuration.factored and isinstance(p, PackedLinear) else p.scales
+        scales = factored_scales(p) if configuration.factored else p.scales
         assert scales is not None
+        metadata = (metadata_for_int8(p.meta),) if configuration.int8 and isinstance(p, PackedSparseLinear) else ()
         shift = group_shift(p.group_size, k)
         kernel = load(configuration, dtype, DEVICE, jit.default_folder(), shift, case.token_groups)
         for m in case.tokens:
             x, bias = torch.randn(m, k).to(DEVICE, dtype), torch.randn(n).to(DEVICE, dtype)
-            codes = round_activations_for_tiles(x, ACTIVATION_GROUP if case.token_groups else None) if configuration.int8 else None
+            group = ACTIVATION_GROUP if case.token_groups else None
+            codes = round_activations_for_tiles(x, group, configuration.sparse) if configuration.int8 else None
             for grid in grids(configuration, m, n, k, kernel.grid(m, n, k, kernel.resident)):
                 out = torch.full((m, n), torch.nan, dtype=dtype, device=DEVICE)
                 if codes is None:
                     launch(kernel, x, p, bias, out, grid)
                 else:
-                    multiply(kernel, codes.codes, (p.qweight, codes.scales), scales, bias, out, shift, grid)
+                    multiply(kernel, codes.codes, (p.qweight, *metadata, codes.scales), scales, bias, out, shift, grid)
                 torch.cuda.synchronize()
                 yield not bool(out.isnan().any())
 
@@ -199,7 +204,7 @@ def rounded(one: Rounding) -> Iterator[bool]:
     """Of each launch, whether codes and scales are torch's."""
     for m in ROUNDED_TOKENS:
         x = torch.randn(m, one.k).to(DEVICE, one.dtype)
-        found, expected = round_on_gpu(x, one.group), round_activations_for_tiles(x, one.group)
+        found, expected = round_on_gpu(x, one.group, sparse=one.sparse), round_activations_for_tiles(x, one.group, one.sparse)
         yield torch.equal(found.codes, expected.codes) and torch.equal(found.scales, expected.scales)
 
 

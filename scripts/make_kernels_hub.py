@@ -34,7 +34,7 @@ VARIANT = "torch-universal"
 INTERFACE = '''"""INT4 matrix products for Ampere, Ada and Hopper, dense and 2:4, compiled at first use without a C++ compiler.
 
     marlin_gemm(activations [.., K], qweight, scales, out_features, group_size, bias=None, overlap=False, rounding="none") -> [.., N]
-    sparse_marlin_gemm(activations, qweight, meta, scales, out_features, group_size, bias=None, overlap=False)
+    sparse_marlin_gemm(activations, qweight, meta, scales, out_features, group_size, bias=None, overlap=False, rounding="none")
     pack_marlin(QuantizedLinear(codes [N, K] int8, scales [N, G] float16, group_size)) -> PackedLinear
     pack_sparse_marlin(SparseQuantizedLinear(codes, scales, group_size, mask)) -> PackedSparseLinear
     MarlinLinear(packed), SparseMarlinLinear(packed): modules

@@ -2,7 +2,8 @@
 
     x [M, K] ─► codes q = round(x / s), s = max |x| / 127 over a token or over each 128 of its K (quantize/activations.py)
 
-    codes   int8 [M, K']      K' is K rounded up to 64, 0 beyond K; inside of each 32 of k in tile order (pack/tile.py, activation_place)
+    codes   int8 [M, K']      K' is K rounded up to 64, 0 beyond K; inside of each 32 of k in tile order (pack/tile.py, activation_place),
+                              and for 2:4 weights inside of each 64 (sparse_activation_place)
     scales  float32 [G, M']   G is 1 (token) or ceil(K / 128) (groups); M' is M rounded up to 4, 0 beyond M
 
 Scales are [G, M'] so that a kernel copies those of its tokens in rows of 16 bytes. Here everything is plain torch, on any device;
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from marlinctl.pack.tile import activation_column, activation_place
+from marlinctl.pack.tile import activation_column, activation_place, sparse_activation_column, sparse_activation_place
 from marlinctl.pack.types import padded
 from marlinctl.quantize.activations import rounded
 from marlinctl.quantize.scheme import ACTIVATION_GROUP, Rounding
@@ -35,10 +36,10 @@ class RoundedActivations:
     scales: Tensor  # [G, M'] float32
 
 
-def round_activations_for_tiles(x: Tensor, group: int | None) -> RoundedActivations:
+def round_activations_for_tiles(x: Tensor, group: int | None, sparse: bool = False) -> RoundedActivations:
     """x [M, K] of any float type, rounded.
 
-    group: None for one scale a token, or 128. ValueError for other groups and shapes.
+    group: None for one scale a token, or 128. sparse: in the order of 2:4 tiles. ValueError for other groups and shapes.
     """
     check_group(group)
     if x.ndim != 2 or 0 in x.shape:
@@ -47,7 +48,8 @@ def round_activations_for_tiles(x: Tensor, group: int | None) -> RoundedActivati
     codes, scales = rounded(x, "int8", group)  # [M, K], [M, G]
     scales = torch.where(scales.isfinite(), scales, torch.nan)
     # Of x / infinity are left 0 and, where x is infinite too, NaN.
-    return RoundedActivations(in_tile_order(codes.nan_to_num(0.0)), pad(scales, (0, 0, 0, -m % SCALES_IN_16_BYTES)).T.contiguous())
+    codes = in_tile_order(codes.nan_to_num(0.0), sparse)
+    return RoundedActivations(codes, pad(scales, (0, 0, 0, -m % SCALES_IN_16_BYTES)).T.contiguous())
 
 
 def check_group(group: int | None) -> None:
@@ -61,13 +63,15 @@ def check_rounding(rounding: str) -> None:
         raise ValueError(f"rounding must be one of {', '.join(KINDS)}, got {rounding!r}")
 
 
-def in_tile_order(codes: Tensor) -> Tensor:
+def in_tile_order(codes: Tensor, sparse: bool = False) -> Tensor:
     """codes [M, K] of any type -> int8 [M, K'], zeros beyond K."""
     k = codes.shape[1]
     places = torch.arange(padded(k), device=codes.device)
-    return pad(codes.to(torch.int8), (0, padded(k) - k))[:, activation_column(places)]
+    columns = sparse_activation_column(places) if sparse else activation_column(places)
+    return pad(codes.to(torch.int8), (0, padded(k) - k))[:, columns]
 
 
-def in_column_order(codes: Tensor, in_features: int) -> Tensor:
+def in_column_order(codes: Tensor, in_features: int, sparse: bool = False) -> Tensor:
     """int8 [M, K'] in tile order -> [M, K]: the inverse of in_tile_order."""
-    return codes[:, activation_place(torch.arange(in_features, device=codes.device))]
+    columns = torch.arange(in_features, device=codes.device)
+    return codes[:, sparse_activation_place(columns) if sparse else activation_place(columns)]

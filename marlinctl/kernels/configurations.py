@@ -8,8 +8,8 @@ short, a CTA computes an output tile of `tokens` (M) x 64 `blocks` (N), in stage
                                           k_warps: warps that share the k of a stage
 
 On Hopper four more warps copy, and the group size is compiled in. csrc/marlin_a8_sm80.cu and its twin multiply activations that are rounded
-to int8, and csrc/marlin_a8_factored_sm80.cu and its twin do so with weights whose scales are integers times one scale for each output. In
-them, too, the group size is compiled in.
+to int8, and csrc/marlin_a8_factored_sm80.cu and its twin do so with weights whose scales are integers times one scale for each output;
+csrc/sparse_marlin_a8_factored_sm90.cu with such weights that are 2:4. In them, too, the group size is compiled in.
 
 Everything that the host must know beside that, threads, shared memory, workspace, follows from them and is computed here;
 the kernel checks the shared memory when it is compiled. Which configuration is used for which M, N, K is measured: dispatch.py.
@@ -332,6 +332,22 @@ A8_FACTORED_SM90 = (
     _rounded(128, 2, 2, 2, 256, 3, batch=2, factored=True),
     _rounded(256, 2, 4, 1, 128, 4, batch=2, factored=True),
     _rounded(256, 2, 4, 1, 128, 5, batch=2, factored=True, paired=True),
+)
+
+# Of 2:4 weights. A product takes 64 of K, two rows of words, so a stage of 128 has two steps. NOTE: reasoned, not measured.
+SPARSE_A8_FACTORED_SM90 = (
+    _rounded(32, 6, 2, 1, 256, 4, batch=2, factored=True, sparse=True),
+    _rounded(64, 6, 2, 1, 128, 7, factored=True, sparse=True),
+    _rounded(64, 6, 2, 1, 256, 3, batch=2, factored=True, sparse=True),
+    _rounded(64, 4, 2, 1, 256, 5, batch=2, factored=True, sparse=True),
+    _rounded(64, 2, 2, 2, 256, 5, factored=True, sparse=True),
+    _rounded(96, 4, 2, 1, 256, 4, batch=2, factored=True, sparse=True),
+    _rounded(96, 4, 2, 1, 256, 4, batch=2, factored=True, sparse=True, paired=True),
+    _rounded(96, 2, 2, 2, 256, 4, factored=True, sparse=True),
+    _rounded(128, 4, 2, 1, 128, 7, factored=True, sparse=True),
+    _rounded(128, 4, 2, 1, 128, 7, factored=True, sparse=True, paired=True),
+    _rounded(128, 4, 2, 1, 256, 3, batch=2, factored=True, sparse=True),
+    _rounded(128, 4, 2, 1, 256, 3, batch=2, factored=True, sparse=True, paired=True),
 )
 
 SPARSE_SM90 = (

@@ -38,6 +38,7 @@ from marlinctl.kernels.configurations import (
     DENSE_SM90,
     SHARINGS,
     SPARSE,
+    SPARSE_A8_FACTORED_SM90,
     SPARSE_SM90,
     Configuration,
     Sharing,
@@ -48,14 +49,14 @@ OWN = "dispatch.json"  # in the folder of compiled kernels
 PACKAGED = Path(__file__).parent / "dispatch.json"
 SCHEMA_VERSION = 2
 KINDS = ("dense", "sparse")
-FACTORED = "factored"
+FACTORED, SPARSE_FACTORED = "factored", "sparse-factored"
 # More kinds, of dense weights whose activations may be rounded to int8: with a scale for each token or for each 128 of K, and with a scale
-# for each token of weights that are factored too (factored.py).
+# for each token of weights that are factored too (factored.py). Of 2:4 weights there is the last alone.
 ROUNDED: Mapping[Rounding, str] = {"int8": "rounded", "int8-128": "rounded-128"}
 SIXTEEN_BIT = "16-bit"  # the choice of a row of those kinds where 16-bit activations are as fast: what `dense` says counts
 DEQUANTIZE = "dequantize"  # the column of a measurement for a dense weight and torch.matmul
 
-_ALL_KINDS = (*KINDS, *ROUNDED.values(), FACTORED)
+_ALL_KINDS = (*KINDS, *ROUNDED.values(), FACTORED, SPARSE_FACTORED)
 
 # Where nothing is measured. A kernel of mma.sync multiplies at most at about 280 TFLOP/s on an H200 (2:4: 390) and torch.matmul at 700,
 # but dequantizing costs 2.5 bytes for each weight: equal at about M = 170 (2:4: 330). On GPUs whose tensor cores do not leave
@@ -116,7 +117,8 @@ def choose(architecture: str, sparse: bool, m: int, n: int, k: int, rounding: Ro
     """How to multiply M rows with a weight [N, K]; None is: dequantize it and multiply with torch.matmul.
 
     rounding: of activations, where it is allowed. Whether they are rounded is for the choice to say: 16 bits are as fast for few rows, and
-    all there is for 2:4 and for Blackwell. factored: the weights are. It counts beside "int8" alone.
+    all there is for Blackwell, and for 2:4 weights that are not factored or whose kernel was not measured. factored: the weights are. It
+    counts beside "int8" alone.
     """
     if (table := _rounded_table(architecture, sparse, rounding, factored)) is not None:
         choice = table.choose(m, n, k)
@@ -130,10 +132,15 @@ def choose(architecture: str, sparse: bool, m: int, n: int, k: int, rounding: Ro
 
 
 def _rounded_table(architecture: str, sparse: bool, rounding: Rounding, factored: bool) -> Table | None:
-    kind = FACTORED if factored and rounding == "int8" else ROUNDED.get(rounding)
-    if sparse or kind is None:
+    if factored and rounding == "int8":
+        kind = SPARSE_FACTORED if sparse else FACTORED
+    elif sparse or rounding not in ROUNDED:
         return None
-    return tables().get((architecture, kind)) or (reasoned_rounded(architecture, kind) if architecture in EIGHT_BITS_FROM else None)
+    else:
+        kind = ROUNDED[rounding]
+    if (table := tables().get((architecture, kind))) is not None or sparse:
+        return table
+    return reasoned_rounded(architecture, kind) if architecture in EIGHT_BITS_FROM else None
 
 
 def choices(architecture: str, sparse: bool, n: int, k: int, rounding: Rounding = "none", factored: bool = False) -> set[Choice | None]:
@@ -142,10 +149,10 @@ def choices(architecture: str, sparse: bool, n: int, k: int, rounding: Rounding 
     return {choose(architecture, sparse, m, n, k, rounding, factored) for m in starts}
 
 
-def fewest_rounded(architecture: str, n: int, k: int, rounding: Rounding, factored: bool = False) -> int | None:
-    """The fewest rows whose activations are multiplied in 8 bits, where that is allowed, by a dense weight [N, K]; None: no number is."""
-    for m in sorted(_starts(architecture, False, rounding, factored)):
-        choice = choose(architecture, False, m, n, k, rounding, factored)
+def fewest_rounded(architecture: str, n: int, k: int, rounding: Rounding, factored: bool = False, sparse: bool = False) -> int | None:
+    """The fewest rows whose activations are multiplied in 8 bits, where that is allowed, by a weight [N, K]; None: no number is."""
+    for m in sorted(_starts(architecture, sparse, rounding, factored)):
+        choice = choose(architecture, sparse, m, n, k, rounding, factored)
         if choice is not None and choice.configuration.int8:
             return m
     return None
@@ -195,6 +202,8 @@ def configurations(kind: str) -> tuple[Configuration, ...]:
         return (*A8_SM80, *A8_SM90)
     if kind == FACTORED:
         return (*A8_FACTORED_SM80, *A8_SM80, *A8_FACTORED_SM90, *A8_SM90)  # on Hopper sums of groups are as fast for few tokens
+    if kind == SPARSE_FACTORED:
+        return SPARSE_A8_FACTORED_SM90
     return (*SPARSE, *SPARSE_SM90) if kind == "sparse" else (*DENSE, *DENSE_SM90)
 
 

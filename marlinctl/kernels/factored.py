@@ -1,4 +1,4 @@
-"""Scales of groups as the kernel for factored weights takes them (csrc/marlin_a8_factored_sm90.cu).
+"""Scales of groups as the kernels for factored weights take them (csrc/marlin_a8_factored_sm90.cu, sparse_marlin_a8_factored_sm90.cu).
 
     scales [G', N'] ─► factor x channel scale (quantize/integer_scales.py) ─► [G' + 1, N'] int16:
                        rows 0 .. G'-1  factors, -15 .. 16, in the order of scales of groups
@@ -13,14 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from marlinctl.pack.tile import channel_slot, grouped_slot
-from marlinctl.pack.types import PackedLinear
+from marlinctl.pack.tile import channel_slot, grouped_slot, sparse_grouped_slot
+from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 from marlinctl.quantize.integer_scales import split
 
 MOST_IN_FEATURES = 131072  # 128 * 127 * K < 2^31: sums over all of K are int32
 
 
-def factored_scales(p: PackedLinear) -> Tensor | None:
+def factored_scales(p: PackedLinear | PackedSparseLinear) -> Tensor | None:
     """int16 [G' + 1, N'], or [1, N'] channel-wise; None where scales are not of that form, or K is above MOST_IN_FEATURES.
 
     Reads all scales, on their device: for when weights are loaded.
@@ -30,7 +30,8 @@ def factored_scales(p: PackedLinear) -> Tensor | None:
     if p.channel_wise:
         return p.scales.view(torch.int16)
     columns = torch.arange(p.out_features, device=p.scales.device)
-    slots = grouped_slot(columns)
+    sparse = isinstance(p, PackedSparseLinear)
+    slots = sparse_grouped_slot(columns) if sparse else grouped_slot(columns)
     scales = p.scales[: p.groups, slots].T  # [N, G]
     zero = ~scales.any(-1, keepdim=True)
     found = split(scales.masked_fill(zero, 1.0))
@@ -41,5 +42,5 @@ def factored_scales(p: PackedLinear) -> Tensor | None:
     rows = torch.ones(p.padded_groups, p.scales.shape[1], dtype=torch.int16, device=p.scales.device)  # padding: times activations of 0
     rows[: p.groups, slots] = factors.T.to(torch.int16)
     last = torch.zeros_like(rows[:1])
-    last[0, channel_slot(columns)] = channel_scales.view(torch.int16)
+    last[0, columns if sparse else channel_slot(columns)] = channel_scales.view(torch.int16)
     return torch.cat([rows, last])

@@ -192,8 +192,8 @@ def multiply(
 ) -> None:
     """launch without its checks, with a kernel for these groups: for the operators, which have made theirs.
 
-    Of int8 activations: their codes [M, K'] in the order of the tile, and as weights qweight and the scales of the tokens. Of factored
-    weights: as scales what factored.factored_scales makes of them.
+    Of int8 activations: their codes [M, K'] in the order of the tile, and as weights qweight, of 2:4 what int8_metadata.metadata_for_int8
+    makes of meta, and the scales of the tokens. Of factored weights: as scales what factored.factored_scales makes of them.
     """
     function, configuration = kernel.function, kernel.configuration
     device = function.device
@@ -293,7 +293,7 @@ class _Mine(threading.local):
     """What each thread has for itself: the driver reads arguments while other threads run."""
 
     def __init__(self) -> None:
-        self.of = {(weights, wgmma): Arguments(6 + weights, 4) for weights in (1, 2) for wgmma in (False, True)}
+        self.of = {(weights, wgmma): Arguments(6 + weights, 4) for weights in (1, 2, 3) for wgmma in (False, True)}
         self.unpack, self.maps = Arguments(4, 2), TensorMaps()
 
 

@@ -14,9 +14,10 @@ many bytes. state_dict, packed, copies, pickles and moves to another device make
 never stored, because it belongs to this processor. A module keeps its tiles and multiplies by the reference, which is right and slow,
 where `overlap` is False, because they are going to be changed, and where `keeps_tiles` is True: they come from the disk for each call.
 
-`rounding` of a dense module allows 8-bit activations (ops.py). It is not stored: who loads a folder reads it from config.json. Where it is
+`rounding` of a module allows 8-bit activations (ops.py). It is not stored: who loads a folder reads it from config.json. Where it is
 "int8" and scales are of the form of factored.py, the module keeps them in that form as well, 16 bits for each group, on a GPU from the
-first call or `split_scales` on.
+first call or `split_scales` on. A 2:4 module then keeps its metadata once more, a bit for each weight, where the GPU has a use for them
+(int8_metadata.py).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from marlinctl.kernels.cpu import cpu_gemm, for_cpu, words_again
 from marlinctl.kernels.factored import factored_scales
+from marlinctl.kernels.int8_metadata import int8_operands
 from marlinctl.kernels.ops import marlin_gemm, sparse_marlin_gemm
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 from marlinctl.quantize.scheme import Rounding
@@ -41,21 +43,23 @@ class _Packed(nn.Module):
     """What both have in common. For inference: no gradient passes through."""
 
     WORDS: ClassVar[str]  # the buffer that a CPU can do without
-    rounding: Rounding = "none"  # of activations
+    rounding: Rounding  # of activations
     s: Tensor
     bias: nn.Parameter | None
+    factored: Tensor | None
     cpu_weight: Tensor | None  # as cpu.for_cpu makes them
     cpu_scales: Tensor | None
 
-    def __init__(self, p: PackedLinear | PackedSparseLinear, bias: Tensor | None) -> None:
+    def __init__(self, p: PackedLinear | PackedSparseLinear, bias: Tensor | None, rounding: Rounding) -> None:
         super().__init__()
         if bias is not None and bias.shape != (p.out_features,):
             raise ValueError(f"bias must be [{p.out_features}], got {list(bias.shape)}")
         self.in_features, self.out_features, self.group_size = p.in_features, p.out_features, p.group_size
         self.register_buffer("s", p.scales)
+        self.rounding, self._knows_factors = rounding, False
         shape = torch.tensor([p.out_features, p.in_features], dtype=torch.int64, device="cpu")
         self.register_buffer("weight_shape", shape.to(p.scales.device))
-        self.cpu_weight = self.cpu_scales = None  # no buffers: accelerate moves those that are not there yet, and fails
+        self.factored = self.cpu_weight = self.cpu_scales = None  # no buffers: accelerate moves those that are not there yet, and fails
         self.overlap, self.keeps_tiles = True, False
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -108,6 +112,37 @@ class _Packed(nn.Module):
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self._bring_tiles_back()
         super()._load_from_state_dict(*arguments)
+        self._keep("factored", None)
+        self._knows_factors = False
+
+    def _keep(self, name: str, tensor: Tensor | None) -> None:
+        """A buffer that is not stored, and no buffer where it is None."""
+        for held in (self._buffers, self.__dict__):
+            held.pop(name, None)
+        if tensor is None:
+            setattr(self, name, None)
+        else:
+            self.register_buffer(name, tensor, persistent=False)
+
+    @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+        reason="scales are looked at once: with fullgraph=True call the module, or its split_scales, before it is compiled"
+    )
+    def split_scales(self) -> None:
+        """What the first call on a GPU does: finds whether the kernel for factored weights can multiply with these scales."""
+        if self.rounding == "int8":
+            self._split(self._as_packed())
+            self._knows_factors = True
+
+    def _split(self, p: Any) -> None:
+        raise NotImplementedError
+
+    def _split_once(self, x: Tensor) -> bool:
+        """Whether the operator may be given factored weights: without overlap scales may be changed, as said above."""
+        if self.rounding != "int8" or not self.overlap or not x.is_cuda:
+            return False
+        if not self._knows_factors:
+            self.split_scales()
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: another process may have another processor."""
@@ -139,38 +174,21 @@ class MarlinLinear(_Packed):
 
     WORDS = "B"
     B: Tensor
-    factored: Tensor | None
 
     def __init__(self, p: PackedLinear, bias: Tensor | None = None, rounding: Rounding = "none") -> None:
-        super().__init__(p, bias)
+        super().__init__(p, bias, rounding)
         self.register_buffer("B", p.qweight)
-        self.register_buffer("factored", None, persistent=False)
-        self.rounding, self._knows_factors = rounding, False
 
     def _multiply(self, x: Tensor) -> Tensor:
         if self.rounding == "none":
             plain: Tensor = marlin_gemm(x, self.B, self.s, self.out_features, self.group_size, self.bias, self.overlap)
             return plain
-        factored = None
-        if self.rounding == "int8" and self.overlap and x.is_cuda:  # without overlap scales may be changed, as said above
-            if not self._knows_factors:
-                self.split_scales()
-            factored = self.factored
-        more = (self.overlap, self.rounding, factored)
+        more = (self.overlap, self.rounding, self.factored if self._split_once(x) else None)
         out: Tensor = marlin_gemm(x, self.B, self.s, self.out_features, self.group_size, self.bias, *more)
         return out
 
-    @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
-        reason="scales are looked at once: with fullgraph=True call the module, or its split_scales, before it is compiled"
-    )
-    def split_scales(self) -> None:
-        """What the first call on a GPU does: finds whether the kernel for factored weights can multiply with these scales."""
-        if self.rounding == "int8":
-            self.factored, self._knows_factors = factored_scales(self._as_packed()), True
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        self.factored, self._knows_factors = None, False
+    def _split(self, p: PackedLinear) -> None:
+        self._keep("factored", factored_scales(p))
 
     def packed(self) -> PackedLinear:
         """The tensors as the packer's type: the module's own, but on a CPU only until it is called again."""
@@ -187,15 +205,31 @@ class SparseMarlinLinear(_Packed):
     WORDS = "B_24"
     B_24: Tensor
     B_meta: Tensor
+    int8_meta: Tensor | None
 
-    def __init__(self, p: PackedSparseLinear, bias: Tensor | None = None) -> None:
-        super().__init__(p, bias)
+    def __init__(self, p: PackedSparseLinear, bias: Tensor | None = None, rounding: Rounding = "none") -> None:
+        super().__init__(p, bias, rounding)
         self.register_buffer("B_24", p.qweight)
         self.register_buffer("B_meta", p.meta)
+        self.int8_meta = None
 
     def _multiply(self, x: Tensor) -> Tensor:
-        out: Tensor = sparse_marlin_gemm(x, self.B_24, self.B_meta, self.s, self.out_features, self.group_size, self.bias, self.overlap)
+        operands = (self.B_24, self.B_meta, self.s, self.out_features, self.group_size, self.bias, self.overlap)
+        if self.rounding == "none":
+            plain: Tensor = sparse_marlin_gemm(x, *operands)
+            return plain
+        more = (self.factored, self.int8_meta) if self._split_once(x) else (None, None)
+        out: Tensor = sparse_marlin_gemm(x, *operands, self.rounding, *more)
         return out
+
+    def _split(self, p: PackedSparseLinear) -> None:
+        factored, int8_meta = int8_operands(p) or (None, None)
+        self._keep("factored", factored)
+        self._keep("int8_meta", int8_meta)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._keep("int8_meta", None)
 
     def packed(self) -> PackedSparseLinear:
         """The tensors as the packer's type: the module's own, but on a CPU only until it is called again."""
@@ -209,12 +243,7 @@ class SparseMarlinLinear(_Packed):
 def packed_module(
     p: PackedLinear | PackedSparseLinear, bias: Tensor | None = None, rounding: Rounding = "none"
 ) -> MarlinLinear | SparseMarlinLinear:
-    """ValueError for 2:4 weights beside rounded activations."""
-    if not isinstance(p, PackedSparseLinear):
-        return MarlinLinear(p, bias, rounding)
-    if rounding != "none":
-        raise ValueError(f"2:4 weights have 16-bit activations, not {rounding}")
-    return SparseMarlinLinear(p, bias)
+    return SparseMarlinLinear(p, bias, rounding) if isinstance(p, PackedSparseLinear) else MarlinLinear(p, bias, rounding)
 
 
 class SharedLinear(nn.Module):

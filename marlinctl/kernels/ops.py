@@ -2,7 +2,8 @@
 
     torch.ops.marlinctl.marlin_gemm(activations, qweight, scales, out_features, group_size, bias=None, overlap=False,
                                     rounding="none", factored=None)
-    torch.ops.marlinctl.sparse_marlin_gemm(activations, qweight, meta, scales, out_features, group_size, bias=None, overlap=False)
+    torch.ops.marlinctl.sparse_marlin_gemm(activations, qweight, meta, scales, out_features, group_size, bias=None, overlap=False,
+                                           rounding="none", factored=None, int8_meta=None)
 
     CUDA   a kernel that dispatch.py picks for this M, N, K; for large M one dense weight and torch.matmul
     CPU    reference.py: slow, with the same result up to rounding; said once. The modules of linear.py have a fast way (cpu.py)
@@ -18,7 +19,8 @@ rounding: "int8" or "int8-128" allows 8-bit activations, rounded in the call (qu
 each 128 of its K. A GPU multiplies 8-bit numbers where that is faster, which M decides; the CPU always rounds, so that what is measured
 there is the accuracy of 8 bits.
 
-factored: of factored.py, the same scales once more, for "int8": a GPU multiplies with them where that is faster.
+factored: of factored.py, the same scales once more, for "int8": a GPU multiplies with them where that is faster. For 2:4 weights that needs
+int8_meta as well, of int8_metadata.py the same metadata once more; without both a GPU multiplies 16-bit activations.
 """
 
 from __future__ import annotations
@@ -57,8 +59,9 @@ class Product(NamedTuple):
     group_size: int
     bias: Tensor | None = None
     overlap: bool = False
-    rounding: Rounding = "none"  # of dense weights alone
+    rounding: Rounding = "none"
     factored: Tensor | None = None  # int16 [G' + 1, N']
+    int8_meta: Tensor | None = None  # of 2:4: int16, as meta
 
     @property
     def sparse(self) -> bool:
@@ -78,15 +81,16 @@ def _on_gpu(p: Product) -> Tensor:
     k = _check(p)
     activations, weights, scales, bias, n = p.activations, p.weights, p.scales, p.bias, p.out_features
     device, dtype = activations.device, activations.dtype
-    for tensor in (*weights, scales, *(() if p.factored is None else (p.factored,))):
-        if tensor.data_ptr() % ALIGNMENT:
+    for tensor in (*weights, scales, p.factored, p.int8_meta):
+        if tensor is not None and tensor.data_ptr() % ALIGNMENT:
             raise ValueError(f"{p.operator}: a tensor {list(tensor.shape)} is not aligned to {ALIGNMENT} bytes")
     x = activations if activations.ndim == 2 else activations.reshape(-1, k)  # torch's shape functions cost a microsecond each
     m, n_rows, k_rows = x.shape[0], -(-n // ROW) * ROW, -(-k // ROW) * ROW  # the last two as the kernels write and read them
     if m == 0:
         return activations.new_empty(p.out_shape)
     shift = group_shift(k if p.group_size == -1 else p.group_size, k)
-    route = _route(device.index, dtype, p.sparse, m, n_rows, k_rows, shift, p.rounding, p.factored is not None)
+    factored = p.factored is not None and (p.int8_meta is not None or not p.sparse)
+    route = _route(device.index, dtype, p.sparse, m, n_rows, k_rows, shift, p.rounding, factored)
     if route is None:
         weight = unpack(_unpack(p.sparse, dtype, device.index), weights, scales, dtype, n, k_rows, shift)
         return linear(x, weight[:, :k], bias).view(p.out_shape)
@@ -99,8 +103,8 @@ def _on_gpu(p: Product) -> Tensor:
     kernel, grid = route
     out = torch.empty(m, n_rows, dtype=dtype, device=device)
     if kernel.configuration.int8:
-        rounded = round_on_gpu(x, group_of(p.rounding), p.overlap)
-        x, weights = rounded.codes, (*weights, rounded.scales)
+        rounded = round_on_gpu(x, group_of(p.rounding), p.overlap, p.sparse)
+        x, weights = rounded.codes, (*weights[:1], *(() if p.int8_meta is None else (p.int8_meta,)), rounded.scales)
         if kernel.configuration.factored:
             assert p.factored is not None
             scales = p.factored
@@ -187,6 +191,8 @@ def _check(p: Product) -> int:
     if p.factored is not None:
         rows = 1 if p.group_size in (-1, k) else scale_shape[0] + 1
         _must_be("factored", p.factored, torch.int16, (rows, scale_shape[1]), activations.device, sparse)
+    if p.int8_meta is not None:
+        _must_be("int8_meta", p.int8_meta, torch.int16, words, activations.device, sparse)
     if bias is not None and (bias.dtype != activations.dtype or bias.shape != (n,) or bias.device != activations.device):
         what = f"bias must be {activations.dtype} [{n}] on {activations.device}"
         raise ValueError(f"{p.operator}: {what}, got {bias.dtype} {list(bias.shape)} on {bias.device}")
@@ -232,9 +238,10 @@ def _implementation(compute: Callable[[Product], Tensor], weights: int) -> Calla
 # `custom_op` would do the same at half as much time again for each call.
 _library = torch.library.Library("marlinctl", "DEF")  # type: ignore[no-untyped-call]
 _ROUNDING = ", str rounding='none', Tensor? factored=None"
-for _name, _weights, _more in (("marlin_gemm", ("qweight",), _ROUNDING), ("sparse_marlin_gemm", ("qweight", "meta"), "")):
+_OPERATORS = (("marlin_gemm", ("qweight",), ""), ("sparse_marlin_gemm", ("qweight", "meta"), ", Tensor? int8_meta=None"))
+for _name, _weights, _more in _OPERATORS:
     _arguments = ", ".join(f"Tensor {name}" for name in ("activations", *_weights, "scales"))
-    _arguments += f", int out_features, int group_size, Tensor? bias=None, bool overlap=False{_more}"
+    _arguments += f", int out_features, int group_size, Tensor? bias=None, bool overlap=False{_ROUNDING}{_more}"
     _library.define(f"{_name}({_arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     for _key, _compute in (("CUDA", _on_gpu), ("CPU", _on_cpu), ("Meta", _on_meta)):
         _library.impl(_name, _implementation(_compute, len(_weights)), _key)  # type: ignore[no-untyped-call]

@@ -45,7 +45,8 @@ class Needed:
     # With the group size, as configurations.group_shift says it, and of int8 whether tokens have a scale for each 128 of K.
     kernels: frozenset[tuple[Configuration, torch.dtype, int, bool]]
     unpacks: frozenset[tuple[bool, torch.dtype]]  # 2:4 or dense
-    roundings: frozenset[tuple[torch.dtype, int, int | None]] = frozenset()  # of activations, with K and the group of a scale
+    # Of activations, with K, the group of a scale, and whether for 2:4.
+    roundings: frozenset[tuple[torch.dtype, int, int | None, bool]] = frozenset()
 
     @property
     def sources(self) -> set[tuple[str, tuple[str, ...]]]:
@@ -67,7 +68,7 @@ def needed(architecture: str, products: Iterable[Multiplied]) -> Needed:
             elif choice.configuration.int8:
                 group = group_of(one.rounding)
                 kernels.add((choice.configuration, one.dtype, shift, group is not None))
-                roundings.add((one.dtype, k, group))
+                roundings.add((one.dtype, k, group, one.sparse))
             else:
                 kernels.add((choice.configuration, one.dtype, shift, False))
     return Needed(frozenset(kernels), frozenset(unpacks), frozenset(roundings))
@@ -86,8 +87,8 @@ def prepare(products: Iterable[Multiplied], device: torch.device) -> int:
             pass
     for configuration, dtype, shift, groups in wanted.kernels:
         load(configuration, dtype, device, folder, shift, groups)
-    for dtype, k, group in wanted.roundings:
-        prepare_rounding(device, dtype, k, group)
+    for dtype, k, group, sparse in wanted.roundings:
+        prepare_rounding(device, dtype, k, group, sparse)
     index = torch.cuda.current_device() if device.index is None else device.index
     for sparse, dtype in wanted.unpacks:
         load_unpack(sparse, dtype, torch.device("cuda", index), folder)

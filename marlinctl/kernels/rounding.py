@@ -28,11 +28,13 @@ SHARED_BYTES = MOST_THREADS // 32 * 4  # a maximum of each warp
 MOST_UNITS = 2**32 - GROUP_THREADS  # groups of all tokens, which the kernel counts in 32 bits
 
 
-def round_on_gpu(x: Tensor, group: int | None, overlap: bool = False) -> RoundedActivations:
+def round_on_gpu(x: Tensor, group: int | None, overlap: bool = False, sparse: bool = False) -> RoundedActivations:
     """x [M, K], float16 or bfloat16, contiguous and aligned to 16 bytes, on a GPU. K: a multiple of 8; M > 0.
 
     group: None for one scale a token, or 128.
     overlap: on Hopper the kernel may be put on the GPU before the one before it on the stream has ended. It waits for it before it reads x.
+
+    sparse: codes in the order of 2:4 tiles.
 
     ValueError for other tensors and groups; what functions.load_function raises.
     """
@@ -44,8 +46,8 @@ def round_on_gpu(x: Tensor, group: int | None, overlap: bool = False) -> Rounded
         raise ValueError(f"activations {list(x.shape)} are more than {MOST_UNITS} groups of {ACTIVATION_GROUP}")
     if torch.cuda.current_device() != x.device.index:
         with torch.cuda.device(x.device):
-            return round_on_gpu(x, group, overlap)
-    return launch(_loaded(x.device.index, x.dtype, x.shape[1], group), x, group, overlap)
+            return round_on_gpu(x, group, overlap, sparse)
+    return launch(_loaded(x.device.index, x.dtype, x.shape[1], group, sparse), x, group, overlap)
 
 
 def launch(function: Function, x: Tensor, group: int | None, overlap: bool) -> RoundedActivations:
@@ -71,7 +73,7 @@ def shape_of(k: int, group: int | None) -> tuple[int, int]:
     return min(-(-of_token // (32 * pieces)) * 32, MOST_THREADS), pieces
 
 
-def defines(dtype: torch.dtype, k: int, group: int | None) -> tuple[str, ...]:
+def defines(dtype: torch.dtype, k: int, group: int | None, sparse: bool = False) -> tuple[str, ...]:
     threads, pieces = shape_of(k, group)
     return (
         f"NUMBER={NUMBERS[dtype]}",
@@ -79,17 +81,18 @@ def defines(dtype: torch.dtype, k: int, group: int | None) -> tuple[str, ...]:
         f"THREADS={threads}",
         f"PIECES={pieces}",
         f"SHARED_BYTES={SHARED_BYTES}",
+        *(("QUADS=1",) if sparse else ()),
     )
 
 
-def prepare_rounding(device: torch.device, dtype: torch.dtype, k: int, group: int | None) -> None:
+def prepare_rounding(device: torch.device, dtype: torch.dtype, k: int, group: int | None, sparse: bool = False) -> None:
     """Compiles and loads what round_on_gpu needs for activations [.., K]. Raises what functions.load_function raises."""
-    _loaded(torch.cuda.current_device() if device.index is None else device.index, dtype, k, group)
+    _loaded(torch.cuda.current_device() if device.index is None else device.index, dtype, k, group, sparse)
 
 
 @lru_cache(maxsize=1024)
-def _loaded(index: int, dtype: torch.dtype, k: int, group: int | None) -> Function:
-    return _loaded_with(index, defines(dtype, k, group), shape_of(k, group)[0])
+def _loaded(index: int, dtype: torch.dtype, k: int, group: int | None, sparse: bool) -> Function:
+    return _loaded_with(index, defines(dtype, k, group, sparse), shape_of(k, group)[0])
 
 
 @lru_cache(maxsize=1024)

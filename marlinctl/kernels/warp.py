@@ -17,6 +17,7 @@ or four values of 8 bits, the lowest first, [..., 32, 4R] seen as int8, with int
 
     A, 16 x 32    elements 0 .. 3: row g,  columns 4t .. 4t + 3        elements 4 .. 7: row g + 8; 8 .. 15: the same, 16 columns further on
     B, 32 x 8     elements 0 .. 3: rows 4t .. 4t + 3 of column g       elements 4 .. 7: rows 16 further down
+    B, 64 x 8     the same, and elements 8 .. 11, 12 .. 15: 32 and 48 rows further down
 
 A product of two 16-bit values is exact. In which order an mma adds them, and how it rounds, the ISA leaves open (9.7.14.5.14: at
 least single precision); here all are added to C in float64 and rounded to float32 once, so that the order does not show. Hardware
@@ -69,6 +70,7 @@ B_16X8 = _fragment(2 * _t + _i4 % 2 + 8 * (_i4 // 2), _g)  # 9.7.14.5.8
 B_32X8 = _fragment(2 * _t + _i8 % 2 + 8 * (_i8 // 2), _g)  # 9.7.14.6.2.2, figure 121
 A_16X32 = _fragment(_g + 8 * (_i16 // 4 % 2), 4 * _t + _i16 % 4 + 16 * (_i16 // 8))  # 9.7.14.5.10, of 8 bits
 B_32X8_INT8 = _fragment(4 * _t + _i8 % 4 + 16 * (_i8 // 4), _g)  # 9.7.14.5.10, of 8 bits
+B_64X8_INT8 = _fragment(4 * _t + _i16 % 4 + 16 * (_i16 // 4), _g)  # 9.7.14.6.2.6
 D_16X8 = _fragment(_g + 8 * (_i4 // 2), 2 * _t + _i4 % 2)  # 9.7.14.5.8; for mma.sp too, 9.7.14.6.2.2
 
 
@@ -150,6 +152,24 @@ def mma_sp_m16n8k32(a: Tensor, b: Tensor, c: Tensor, e: Tensor, selector: int, d
     return _multiply(expanded, B_32X8.matrix(b.view(dtype)), c)
 
 
+def mma_sp_m16n8k64(a: Tensor, b: Tensor, c: Tensor, e: Tensor) -> Tensor:
+    """mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 (9.7.14.6.3): int32 [..., 32, 4]; sums wrap around.
+
+    a: [..., 32, 4], the 16 x 32 stored of the 16 x 64 of A, and b: [..., 32, 4], int32 registers of four int8. e: [..., 32] int32,
+    metadata, with the leading axes of a; its selector is always 0. ValueError for metadata that the ISA leaves undefined.
+
+    Of each group of four lanes the first holds the metadata of row g for columns 0..31 of A, the second that of row g + 8; the third and
+    the fourth are the same for columns 32..63. Each four bits are one quad of columns, as in mma_sp_m16n8k32.
+    """
+    stored = A_16X32.matrix(a.view(torch.int8)).double()
+    lanes = e.reshape(*e.shape[:-1], 8, 2, 2).movedim(-1, -3)  # [..., g or g + 8, g, half of the columns]
+    places = lanes.unsqueeze(-1) >> 2 * torch.arange(16) & 3  # [.., (quad, stored)]
+    columns = _rising(places.reshape(*e.shape[:-1], 16, 32)) + 4 * (torch.arange(32) // 2)
+    expanded = stored.new_zeros(*stored.shape[:-1], 64).scatter_(-1, columns, stored)
+    product = expanded @ B_64X8_INT8.matrix(b.view(torch.int8)).double()  # exact
+    return (D_16X8.values(product).to(torch.int64) + c).to(torch.int32)
+
+
 def _metadata_columns(e: Tensor, selector: int) -> Tensor:
     """[..., 32] metadata -> [..., 16, 16] int64: the column, 0..31, of each stored value of A (9.7.14.6.1 and 9.7.14.6.2.2).
 
@@ -160,10 +180,14 @@ def _metadata_columns(e: Tensor, selector: int) -> Tensor:
     pairs = e.reshape(*e.shape[:-1], 8, 4)[..., 2 * selector : 2 * selector + 2]  # [..., g, half of the columns]
     places = pairs.unsqueeze(-1) >> 2 * torch.arange(16) & 3  # [..., g, half, (g or g + 8, quad, stored)]
     places = places.reshape(*e.shape[:-1], 8, 2, 2, 8).movedim(-2, -4)  # [..., g or g + 8, g, half, (quad, stored)]
-    places = places.reshape(*e.shape[:-1], 16, 16)
+    return _rising(places.reshape(*e.shape[:-1], 16, 16)) + 4 * (torch.arange(16) // 2)
+
+
+def _rising(places: Tensor) -> Tensor:
+    """places [..., (quad, stored)] int64, as they are."""
     if bool((places[..., 0::2] >= places[..., 1::2]).any()):
         raise ValueError("metadata holds a quad whose two columns do not rise, which mma.sp::ordered_metadata leaves undefined")
-    return places + 4 * (torch.arange(16) // 2)
+    return places.to(torch.int64)
 
 
 def _multiply(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

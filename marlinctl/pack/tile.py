@@ -78,6 +78,21 @@ def activation_column(place: Index) -> Index:
     return 32 * (place // 32) + 16 * (place % 4 // 2) + 8 * (place % 32 // 16) + 2 * (place % 16 // 4) + place % 2
 
 
+# The same for Sparse-MARLIN tiles, inside of each 64 of k, with the compressed A operand of a sparse 8-bit product (mma.sp.m16n8k64,
+# wgmma.sp m64nNk64). At the same height of the bytes of two words of neighbouring rows of qweight are two survivors of each: quads t % 4 of
+# both, and in the other nibbles 4 + t % 4. So quads of activations lie as 0 8 1 9 2 10 3 11 | 4 12 5 13 6 14 7 15.
+
+
+def sparse_activation_place(k: Index) -> Index:
+    """Where the activation of column k lies in its row."""
+    return 64 * (k // 64) + 32 * (k % 32 // 16) + 8 * (k % 16 // 4) + 4 * (k % 64 // 32) + k % 4
+
+
+def sparse_activation_column(place: Index) -> Index:
+    """The k that lies in a place: the inverse of sparse_activation_place."""
+    return 64 * (place // 64) + 32 * (place % 8 // 4) + 16 * (place % 64 // 32) + 4 * (place % 32 // 8) + place % 4
+
+
 # MARLIN scales: [G, N] with the columns in another order. Both orders transpose small blocks and are therefore their
 # own inverse: the slot in which column n lies, and equally the column that lies in slot n.
 
@@ -129,6 +144,18 @@ def meta_quad(row: Index, column: Index, nibble: Index) -> tuple[Index, Index]:
     quad = 8 * row + 4 * ((column % 4) // 2) + nibble
     n = 64 * (column // 128) + 8 * ((column % 64) // 8) + 4 * (column % 2) + 2 * ((column % 128) // 64) + (column % 8) // 4
     return quad, n
+
+
+# The same metadata for sparse 8-bit products: [K/32, 2N] of int16 too, and made of `meta` when weights are loaded. One product of 64 of k
+# and a word takes 32 bits of each lane: of lane t those of row t // 4 + 8 (t % 2) of its fragment, 32 (t % 4 // 2) of k and up in the order
+# of activations (CUTLASS has it as ELayout_64x64; benchmarks/probe_wgmma_sp.py asks a GPU). So a row is two registers of every lane, those
+# of words j = 0, 1 in even rows and of 2, 3 in odd ones.
+
+
+def int8_meta_place(quad: Index, n: Index) -> Place[Index]:
+    lane = 4 * (n % 64 // 8) + 2 * (quad % 8 // 4) + n % 8 // 4
+    column = 128 * (n // 64) + 4 * lane + 2 * (n % 2) + quad % 4 // 2
+    return Place(2 * (quad // 16) + n % 4 // 2, column, 2 * (quad % 2) + quad % 16 // 8)
 
 
 def meta_nibble(first: Index, second: Index) -> Index:

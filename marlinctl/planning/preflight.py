@@ -104,7 +104,7 @@ def refuse_rounded_inputs(recipe: Recipe, *, packs: bool) -> None:
     where = f"--activations {scheme.activations}"
     idle = "leave out --activations: products of 16-bit activations are all there are"
     if scheme.prunes:
-        what = "a 2:4 model has 16-bit activations: no kernel multiplies 2:4 weights with 8-bit ones"
+        what = "a 2:4 model has 16-bit activations: no folder of 2:4 weights says that they may be rounded"
         raise UsageError("E273", what, where=where, fix="leave out --activations, or do not prune")
     if scheme.bits != INT4.bits:
         fix = "--override 'PATTERN=bits:8,activations:int8' for the format ct" if scheme.quantizes else idle

@@ -54,7 +54,7 @@ def _alike(linears: Sequence[MarlinLinear | SparseMarlinLinear]) -> bool:
 def _fuse(model: nn.Module, names: Sequence[str], linears: Sequence[MarlinLinear | SparseMarlinLinear]) -> None:
     import torch
 
-    from marlinctl.kernels.linear import LinearPart, MarlinLinear, SharedLinear, packed_module
+    from marlinctl.kernels.linear import LinearPart, SharedLinear, packed_module
     from marlinctl.pack.types import side_by_side
 
     biases = [linear.bias for linear in linears]
@@ -68,7 +68,7 @@ def _fuse(model: nn.Module, names: Sequence[str], linears: Sequence[MarlinLinear
     shared = SharedLinear(joined, len(linears))
     shared.linear.overlap = all(linear.overlap for linear in linears)
     shared.linear.keeps_tiles = any(linear.keeps_tiles for linear in linears)
-    if isinstance(joined, MarlinLinear) and joined.s.is_cuda:
+    if joined.s.is_cuda:
         joined.split_scales()  # so that no compiled or captured call has to
     if prepared:
         shared.linear.prepare()

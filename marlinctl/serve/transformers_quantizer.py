@@ -89,7 +89,7 @@ class MarlinctlQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, MarlinLinear | SparseMarlinLinear) and module.s.is_meta:  # left on the disk by device_map
                 module.keeps_tiles = True
-            elif isinstance(module, MarlinLinear) and module.s.is_cuda:
+            elif isinstance(module, MarlinLinear | SparseMarlinLinear) and module.s.is_cuda:
                 module.split_scales()
         return model
 

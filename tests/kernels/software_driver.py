@@ -27,8 +27,9 @@ from tests.kernels.software_kernel import Arguments, compiled, library_of
 
 DEVICE = torch.device("cpu")
 KINDS: dict[str, Any] = {field[0]: field[1] for field in Arguments._fields_}
-SPARSE = list(KINDS)  # the arguments of each kernel, in order
-DENSE = [name for name in KINDS if name != "meta"]
+SPARSE = [name for name in KINDS if name != "token_scales"]  # the arguments of each kernel, in order
+DENSE = [name for name in SPARSE if name != "meta"]
+SPARSE_INT8 = [*SPARSE[:3], "token_scales", *SPARSE[3:]]
 REPACK = ["activations", "qweight", "n", "m", "k", "whole"]  # words, tiles, N, K/8, strides of rows and of columns
 ROUND = ["activations", "out", "partials", "m", "k"]  # x, codes, scales
 UNPACK = ["qweight", "meta", "scales", "out", "n", "k", "group_shift"]
@@ -200,7 +201,8 @@ def software_kernel(
     )
     tokens = configuration.tokens // configuration.pair if configuration.wgmma else 0  # of a box of activations
     c, box = configuration, (configuration.blocks, configuration.k_step // configuration.tile_k)  # of a box of weights
-    handle = SimpleNamespace(library=library, names=SPARSE if c.sparse or c.int8 else DENSE, tokens=tokens, tile_k=c.tile_k, box=box)
+    names = SPARSE_INT8 if c.sparse and c.int8 else SPARSE if c.sparse or c.int8 else DENSE
+    handle = SimpleNamespace(library=library, names=names, tokens=tokens, tile_k=c.tile_k, box=box)
     sizes = (configuration.threads, configuration.shared_bytes, resident)
     function = Function(handle, "context", DEVICE, *sizes, registers=0, local_bytes=0, overlaps=overlaps)
     return LoadedKernel(configuration, dtype, function, multiprocessors, Path("cache"), shift, token_groups)
@@ -214,10 +216,10 @@ def software_repack(folder: Path, edit: Callable[[str], str] = lambda source: so
 
 
 def software_round(
-    dtype: torch.dtype, k: int, group: int | None, folder: Path, edit: Callable[[str], str] = lambda source: source
+    dtype: torch.dtype, k: int, group: int | None, folder: Path, edit: Callable[[str], str] = lambda source: source, sparse: bool = False
 ) -> Function:
     """csrc/round_activations.cu, as kernels/rounding.py loads it; `edit` may break its source."""
-    defines = (*rounding.defines(dtype, k, group), "ROUND=1")
+    defines = (*rounding.defines(dtype, k, group, sparse), "ROUND=1")
     library = compiled("round_activations", defines, folder / "-".join(("round", *defines)), edit)
     handle = SimpleNamespace(library=library, names=ROUND, tokens=0)
     threads, _ = rounding.shape_of(k, group)

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,17 +20,20 @@ from marlinctl.kernels import jit
 from marlinctl.kernels.activations import round_activations_for_tiles
 from marlinctl.kernels.configurations import DENSE_SM90, SPARSE_SM90, Configuration, group_shift
 from marlinctl.kernels.factored import factored_scales
+from marlinctl.kernels.int8_metadata import metadata_for_int8
 from marlinctl.kernels.reference import dequantize, dequantize_sparse
 from marlinctl.pack.marlin import pack_marlin
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 from marlinctl.quantize.types import QuantizedLinear
+from marlinctl.sparsify.types import SparseQuantizedLinear
 from tests.kernels.built import SOFTWARE_GPU, kernel_library
 from tests.pack.naive import random_linear, random_sparse
 
 GUARD = 64  # elements before and after the output that must stay as they are
 
 Launch = Callable[..., Tensor]
+Linear = TypeVar("Linear", QuantizedLinear, SparseQuantizedLinear)
 
 
 class Arguments(ctypes.Structure):
@@ -38,6 +42,7 @@ class Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("activations", "qweight", "meta", "scales", "bias", "out", "partials", "counters")),
         *((name, ctypes.c_int) for name in ("m", "n", "k", "whole", "group_shift")),
+        ("token_scales", ctypes.c_void_p),
     ]
 
 
@@ -91,12 +96,12 @@ def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: 
         partials = aligned(torch.full((size + GUARD,), torch.nan))
         counters = torch.zeros(tiles + GUARD, dtype=torch.int32)
         meta = p.meta if isinstance(p, PackedSparseLinear) else torch.empty(0, dtype=torch.int16)
-        scales = p.scales
+        scales, token_scales = p.scales, None
         if configuration.int8:
-            rounded = round_activations_for_tiles(activations, activation_group)
-            activations, meta = rounded.codes, rounded.scales
+            rounded = round_activations_for_tiles(activations, activation_group, configuration.sparse)
+            activations, meta = rounded.codes, metadata_for_int8(meta) if configuration.sparse else rounded.scales
+            token_scales = aligned(rounded.scales)
         if configuration.factored:
-            assert isinstance(p, PackedLinear)
             factored = factored_scales(p)
             assert factored is not None
             scales = factored
@@ -104,7 +109,7 @@ def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: 
         pointers = [*(tensor.data_ptr() for tensor in inputs), None if bias is None else bias.data_ptr()]
         pointers += [out[GUARD:].data_ptr(), partials.data_ptr(), counters.data_ptr()]
         shift = group_shift(p.group_size, k)
-        arguments = Arguments(*pointers, m, n, k, whole, shift)
+        arguments = Arguments(*pointers, m, n, k, whole, shift, None if token_scales is None else token_scales.data_ptr())
         library(shift if configuration.for_one_group_size else 0, activation_group is not None).launch(
             arguments, (ctypes.c_int * ctas)(*order), ctas, cluster, ctypes.c_bool(eager), ctypes.c_bool(backwards)
         )
@@ -128,14 +133,15 @@ def random_packed(
 ) -> tuple[PackedLinear | PackedSparseLinear, Tensor]:
     """What this kernel multiplies with, and the weight [N, K] that it stands for."""
     if configuration.sparse:
-        sparse = pack_sparse_marlin(random_sparse(n, k, group_size, seed))
+        pruned = random_sparse(n, k, group_size, seed)
+        sparse = pack_sparse_marlin(with_factors(pruned, seed) if configuration.factored else pruned)
         return sparse, dequantize_sparse(sparse)
     linear = random_linear(n, k, group_size, seed)
     dense = pack_marlin(with_factors(linear, seed) if configuration.factored else linear)
     return dense, dequantize(dense)
 
 
-def with_factors(linear: QuantizedLinear, seed: int) -> QuantizedLinear:
+def with_factors(linear: Linear, seed: int) -> Linear:
     """The same codes with scales that are integers times one scale for each output, the least and the greatest factor among them.
     Channel-wise ones are as they were."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,20 +1,30 @@
-"""Products of csrc/marlin_a8_sm90.cu, marlin_a8_sm80.cu and their twins for factored weights, int8 activations, run on the CPU
-(software_kernel.py), against float64 of the same numbers."""
+"""Products of csrc/marlin_a8_sm90.cu, marlin_a8_sm80.cu and their twins for factored weights, dense and 2:4, int8 activations, run on the
+CPU (software_kernel.py), against float64 of the same numbers."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from marlinctl.kernels.configurations import A8_FACTORED_SM80, A8_FACTORED_SM90, A8_SM80, A8_SM90, Configuration
-from marlinctl.kernels.reference import dequantize, gemm_rounded
+from marlinctl.kernels.configurations import (
+    A8_FACTORED_SM80,
+    A8_FACTORED_SM90,
+    A8_SM80,
+    A8_SM90,
+    SPARSE_A8_FACTORED_SM90,
+    Configuration,
+)
+from marlinctl.kernels.reference import dequantize, dequantize_sparse, gemm_rounded
 from marlinctl.pack.marlin import pack_marlin
+from marlinctl.pack.sparse_marlin import pack_sparse_marlin
+from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 from marlinctl.quantize.scheme import ACTIVATION_GROUP
-from tests.kernels.software_kernel import Launch, build, random_packed
+from tests.kernels.software_kernel import Launch, build, mistake, random_packed
 from tests.kernels.test_marlin_source import CASES, EPSILON
-from tests.pack.naive import random_linear
+from tests.pack.naive import random_linear, random_sparse
 
 BY_NAME = {c.name.removeprefix("a8-wgmma-"): c for c in A8_SM90}
 # Those that differ in more than sizes: four words of a warp, three warpgroups, two temporaries, warps that share k, turns, parts.
@@ -22,6 +32,9 @@ SHOWN = ("m32n512k128x4", "m32n128k256x5", "m64n384k128x5", "m96n256k128x5p2t2",
 FACTORED = {c.name.removeprefix("a8-wgmma-"): c for c in A8_FACTORED_SM90}
 # Four words of a warp; pairs with three warpgroups, and with 256 tokens of one product; warps that share k.
 SHOWN_FACTORED = ("m32n512k128x5f", "m64n384k128x5fc", "m128n128k256x3f", "m256n128k128x5fc")
+SPARSE = {c.name.removeprefix("sparse-a8-wgmma-"): c for c in SPARSE_A8_FACTORED_SM90}
+# Three warpgroups; steps two at a time; warps that share k; pairs.
+SHOWN_SPARSE = ("m64n384k128x7f", "m96n256k256x4f", "m64n128k256x5f", "m128n256k128x7fc")
 
 
 def type_of(name: str) -> torch.dtype:
@@ -52,6 +65,7 @@ KERNELS += [
     for dtype, group in ((torch.float16, None), (torch.float16, ACTIVATION_GROUP))
     if (c, dtype, group) not in AMPERE and not (c.factored and group)
 ]
+KERNELS += [pytest.param((SPARSE[name], type_of(name), None)) for name in SHOWN_SPARSE]
 Kernel = tuple[Configuration, torch.dtype, int | None, Launch]
 
 
@@ -65,7 +79,13 @@ def test_products(kernel: Kernel) -> None:
     """If this failed, the kernel would multiply wrongly: decoding, the order of activations, scales, edges, or how parts come together."""
     configuration, dtype, group, launch = kernel
     cases = CASES if group is None else [*CASES[:2], (7, 64, 160, -1, 2), *CASES[5:]]
-    whole_ones_in_turn = (2 * configuration.tokens + 1, (2 * configuration.pair - 1) * configuration.columns + 8, 64, 64, 2)  # three for each
+    whole_ones_in_turn = (
+        2 * configuration.tokens + 1,
+        (2 * configuration.pair - 1) * configuration.columns + 8,
+        64,
+        64,
+        2,
+    )  # three for each
     for m, n, k, group_size, ctas in [*cases, (5, 2 * configuration.columns + 72, 192, -1, 2), whole_ones_in_turn]:
         generator = torch.Generator().manual_seed(m)
         p, weight = random_packed(configuration, n, k, group_size, seed=m)
@@ -95,11 +115,17 @@ def test_what_is_exact_stays_exact(kernel: Kernel) -> None:
         linear = random_linear(136, k, group_size, seed=k)
         factors = torch.randint(-15, 15, linear.scales.shape, generator=generator)
         factors[factors >= 0] += 1
-        p = pack_marlin(replace(linear, scales=(factors * 2.0**-9).half()))
+        scales = (factors * 2.0**-9).half()
+        p: PackedLinear | PackedSparseLinear
+        if configuration.sparse:
+            p = pack_sparse_marlin(replace(random_sparse(136, k, group_size, seed=k), scales=scales))
+        else:
+            p = pack_marlin(replace(linear, scales=scales))
+        weight = dequantize_sparse(p) if isinstance(p, PackedSparseLinear) else dequantize(p)
         x = torch.randint(-127, 128, (m, k), generator=generator)
         x[:, ::ACTIVATION_GROUP] = 127  # so that the scale is a power of two
         activations = (x * 2.0**-5).to(dtype)
-        exact = activations.double() @ dequantize(p).double().T
+        exact = activations.double() @ weight.double().T
         for ctas in (1, 3):
             out = launch(activations, p, None, list(range(ctas * configuration.pair)), activation_group=group)
             assert torch.equal(out, exact.to(dtype)), f"{configuration.name}: group_size={group_size} CTAs={ctas}"
@@ -124,3 +150,27 @@ def test_a_token_of_zeros_and_one_that_is_no_number(kernel: Kernel) -> None:
     activations[0], activations[1, 7] = 0, torch.inf
     out = launch(activations, p, None, list(range(configuration.pair)), activation_group=group)
     assert not out[0].any() and out[1].isnan().all() and out[2].isfinite().all()
+
+
+MISTAKES = [
+    ("two.x, e[2 * pair + 1] = two.y", "two.y, e[2 * pair + 1] = two.x", 32, "metadata of the other word"),
+    ("(2 * step + pair) * (BLOCKS * META_BYTES)", "pair * (BLOCKS * META_BYTES)", 32, "one step's metadata for all"),
+    ("(first_tile + role.first_word / 2) * BLOCKS", "first_tile * BLOCKS", 32, "one half of the metadata for all words"),
+    ("rows, e[step % (2 * STEPS)]", "rows, e[0]", 32, "metadata of another step"),
+    ("(nibbles & 0xffff0000) * of[row][1]", "(nibbles & 0xffff0000) * of[row][0]", 32, "the factor of another group"),
+    ("- 0x08080000 * of[row][1]", "- 0x08080000 * of[row][0]", 32, "another group's offset"),
+    ("step % ROW_STEPS * (2 * TILE_K)", "step % ROW_STEPS * TILE_K", 64, "activations of other k"),
+    ("load_words(second_pairs, row + COLUMNS * 2)", "load_words(second_pairs, row)", 32, "the factors of one group twice"),
+    ("for (int j = 0; j < 4; ++j) whole[j] *= token_scale;", "for (int j = 0; j < 3; ++j) whole[j] *= token_scale;", 64, "no token scale"),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong", "group_size"), [m[:3] for m in MISTAKES], ids=[m[3] for m in MISTAKES])
+def test_the_software_gpu_sees_mistakes_of_the_sparse_kernel(right: str, wrong: str, group_size: int, tmp_path: Path) -> None:
+    """If this failed, the tests above could not fail."""
+    configuration, (edit, hits) = SPARSE["m64n256k256x5f"], mistake(right, wrong)
+    p, _ = random_packed(configuration, 136, 576, group_size, seed=1)
+    activations = torch.randn(9, 576, generator=torch.Generator().manual_seed(1)).half()
+    out = build(configuration, torch.float16, tmp_path / "csrc", edit)(activations, p, None, [0])
+    assert sum(hits) == 1
+    assert not torch.allclose(out.double(), gemm_rounded(activations, p, None).double(), rtol=1e-2, atol=1e-2)

@@ -51,6 +51,15 @@ def test_the_order_is_the_one_in_the_drawing() -> None:
     assert in_tile_order(torch.arange(64)[None]).tolist() == [wanted + [32 + k for k in wanted]]
 
 
+def test_the_order_for_sparse_tiles_is_the_one_in_the_drawing() -> None:
+    """If this failed, map and drawing (csrc/sparse_marlin_a8_factored_sm90.cu) would be of two orders."""
+    quads = [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15]
+    wanted = [4 * quad + i for quad in quads for i in range(4)]
+    codes = torch.arange(64)[None]
+    assert in_tile_order(codes, sparse=True).tolist() == [wanted]
+    assert torch.equal(in_column_order(in_tile_order(codes, sparse=True), 60, sparse=True), codes[:, :60].to(torch.int8))
+
+
 @pytest.mark.parametrize("k", [8, 24, 40, 64, 200])
 def test_columns_come_back_and_padding_is_zero(k: int) -> None:
     """If this failed, what lies behind the last column would be multiplied, or a check in plain order would look at other columns."""

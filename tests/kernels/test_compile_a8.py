@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import A8_FACTORED_SM80, A8_FACTORED_SM90, A8_SM80, A8_SM90, Configuration
+from marlinctl.kernels.configurations import (
+    A8_FACTORED_SM80,
+    A8_FACTORED_SM90,
+    A8_SM80,
+    A8_SM90,
+    SPARSE_A8_FACTORED_SM90,
+    Configuration,
+)
 from tests.kernels.built import CUBINS
 from tests.kernels.machine_code import MachineCode, disassemble
 
@@ -166,3 +173,35 @@ def test_host_and_kernel_agree_on_shared_memory(tmp_path: Path, configuration: C
     wrong = [re.sub(r"SHARED_BYTES=\d+", "SHARED_BYTES=4096", define) for define in configuration.defines(torch.float16)]
     with pytest.raises(jit.CompilationFailed, match="the host allots other shared memory than the kernel uses"):
         jit.cubin(f"{configuration.kernel}.cu", wrong, "sm_80", tmp_path)
+
+
+SPARSE_QUICK: list[Case] = [
+    (c, (torch.float16, torch.bfloat16)[i % 2], 3, False) for i, c in enumerate(SPARSE_A8_FACTORED_SM90) if i % 3 == 1
+]
+SPARSE_SLOW: list[Case] = [
+    (c, dtype, shift, False)
+    for c in SPARSE_A8_FACTORED_SM90
+    for dtype, shift in ((torch.float16, 3), (torch.bfloat16, 2), (torch.float16, 1), (torch.float16, -1))
+    if (c, dtype, shift, False) not in SPARSE_QUICK
+]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case in SPARSE_QUICK else pytest.mark.slow) for case in (*SPARSE_QUICK, *SPARSE_SLOW)],
+    ids=lambda case: f"{case[0].name}-{str(case[1])[6:]}-{case[2]}",
+)
+def test_machine_code_of_sparse_factored_weights(case: Case) -> None:
+    """If this failed, products would be of all of K, zeros included, or serialized, or their operands would come from local memory."""
+    configuration, _, shift, _ = case
+    code = codes(tuple(SPARSE_QUICK if case in SPARSE_QUICK else SPARSE_SLOW))[case]
+    assert code.stack == 0 and code.local == 0
+    assert code.registers * configuration.threads * configuration.ctas <= 65536
+    assert code.count(r"USETMAXREG\..*") == 2, "copying warps give registers, the others take them"
+    words, steps = 4 // configuration.split, configuration.k_step // configuration.k_warps // 64
+    assert code.count(rf"IGMMA\.SP\.64x{configuration.tokens}x64\.S8\.S8.*") == steps * words, "each of a stage's products, once"
+    assert code.count(r"WARPGROUP\.ARRIVE") == steps // configuration.batch, "ptxas has serialized the products, or split a batch"
+    assert code.count(r"LDS\.64.*") >= steps * (words // 2), "metadata, two registers at a time"
+    assert code.count(r"UBLKCP\..*") == 2 + (shift >= 0), "weights, metadata and factors, by the copy engine"
+    assert (code.count(r"UTMALDG\.2D\.MULTICAST") > 0) == configuration.paired
+    assert code.count(r"MEMBAR\.ALL\.GPU") <= 4, "at the ends of the kernel and of a tile, not where a stage is released"

@@ -10,7 +10,7 @@ import pytest
 
 from marlinctl.checkpoint.source import cache_root
 from marlinctl.kernels import dispatch, jit
-from marlinctl.kernels.configurations import A8_FACTORED_SM80, A8_SM80, DENSE, SPARSE
+from marlinctl.kernels.configurations import A8_FACTORED_SM80, A8_SM80, DENSE, SPARSE, SPARSE_A8_FACTORED_SM90
 from marlinctl.kernels.dispatch import PACKAGED, choose, read, reasoned, table_of, text_of
 from marlinctl.quantize.scheme import Rounding
 
@@ -202,3 +202,21 @@ def test_the_fewest_rows_in_8_bits(n: int, k: int, rounding: Rounding, factored:
     assert dispatch.fewest_rounded("sm_90a", n, k, rounding, factored) == next(m for m in range(1, 5000) if eight_bits(m))
     assert dispatch.fewest_rounded("sm_80", n, k, rounding, factored) == 64
     assert dispatch.fewest_rounded("sm_120", n, k, rounding, factored) is None
+
+
+def test_sparse_weights_have_8_bits_only_where_they_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, a kernel that nobody has timed would serve 2:4 models, or one that was measured would not."""
+    without = {key: table for key, table in dispatch.tables().items() if key[1] != dispatch.SPARSE_FACTORED}
+    eight = f"{SPARSE_A8_FACTORED_SM90[0].name}/1 even"
+    table = {"dequantize_from": None, "choices": [[64, 64, 64, "16-bit"], [128, 64, 64, eight]]}
+    data = json.dumps({"schema_version": 2, "architectures": {"sm_90a": {dispatch.SPARSE_FACTORED: table}}}).encode()
+    for tables, fewest in ((without, None), (without | dispatch.parse(data, tmp_path), 65)):
+        monkeypatch.setattr(dispatch, "tables", lambda given=tables: given)
+        choose.cache_clear()
+        assert dispatch.fewest_rounded("sm_90a", 64, 64, "int8", True, sparse=True) == fewest
+        assert dispatch.fewest_rounded("sm_80", 64, 64, "int8", True, sparse=True) is None, "there is none with mma.sync"
+        for m in (1, 64, 65, 300):
+            found, plain = choose("sm_90a", True, m, 64, 64, "int8", True), choose("sm_90a", True, m, 64, 64)
+            assert (found != plain) == (fewest is not None and m >= fewest)
+            assert choose("sm_90a", True, m, 64, 64, "int8-128", True) == choose("sm_90a", True, m, 64, 64, "int8") == plain
+    choose.cache_clear()

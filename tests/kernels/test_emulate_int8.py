@@ -10,12 +10,14 @@ from torch import Tensor
 
 from marlinctl.kernels import emulate_int8, reference
 from marlinctl.kernels.activations import in_tile_order, round_activations_for_tiles
-from marlinctl.kernels.emulate_int8 import gemm_factored, gemm_int8
+from marlinctl.kernels.emulate_int8 import gemm_factored, gemm_int8, gemm_sparse_factored
 from marlinctl.kernels.factored import factored_scales
+from marlinctl.kernels.int8_metadata import metadata_for_int8
 from marlinctl.pack.marlin import pack_marlin
-from marlinctl.pack.types import PackedLinear, padded
+from marlinctl.pack.sparse_marlin import pack_sparse_marlin
+from marlinctl.pack.types import PackedLinear, PackedSparseLinear, padded
 from tests.kernels.software_kernel import with_factors
-from tests.pack.naive import random_linear
+from tests.pack.naive import random_linear, random_sparse
 from tests.test_architecture import imports_of
 
 SHAPES = [(64, 64, -1), (64, 128, 32), (128, 128, 64), (64, 256, 128), (80, 160, 32), (200, 80, -1), (16, 48, -1)]
@@ -114,7 +116,8 @@ def test_nothing_is_shared_with_packers_or_maps() -> None:
     """If this failed, a mistake in a map or a packer could be made by the emulator too, and agree with itself."""
     own = {found.target for found in imports_of(Path(str(emulate_int8.__file__))) if found.target.startswith("marlinctl")}
     assert {target.rpartition(".")[0] for target in own} == {"marlinctl.kernels.emulate", "marlinctl.kernels.warp", "marlinctl.pack.types"}
-    assert {target for target in own if ".pack." in target} == {"marlinctl.pack.types.PackedLinear"}
+    types = {f"marlinctl.pack.types.{name}" for name in ("PackedLinear", "PackedSparseLinear")}
+    assert {target for target in own if ".pack." in target} == types
 
 
 def factored(n: int, k: int, group_size: int, seed: int = 0) -> tuple[PackedLinear, Tensor]:
@@ -153,3 +156,41 @@ def test_exchanged_factors_show(row: int) -> None:
     bad[row, 8:16] = bad[row, 8:16].flip(0)
     codes, ones = in_tile_order(torch.eye(128)), torch.ones(1, 128)
     assert not torch.equal(gemm_factored(codes, ones, p, bad), gemm_factored(codes, ones, p, scales))
+
+
+def sparse_factored(n: int, k: int, group_size: int) -> tuple[PackedSparseLinear, Tensor, Tensor]:
+    p = pack_sparse_marlin(with_factors(random_sparse(n, k, group_size, seed=1), seed=0))
+    found = factored_scales(p)
+    assert found is not None
+    return p, found, metadata_for_int8(p.meta)
+
+
+@pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
+def test_sparse_factored_weights_are_the_same_weights(n: int, k: int, group_size: int) -> None:
+    """If this failed, the 8-bit kernel would put a survivor of 2:4 at another column, or scale it with another group's factor."""
+    p, factors, meta = sparse_factored(n, k, group_size)
+    out = gemm_sparse_factored(in_tile_order(torch.eye(k), sparse=True), torch.ones(1, k), p, factors, meta).T
+    assert torch.equal(out, reference.dequantize_sparse(p))
+
+
+@pytest.mark.parametrize(("m", "n", "k", "group_size"), [(7, 80, 160, 32), (17, 64, 256, 128), (10, 128, 576, 64), (9, 64, 320, -1)])
+def test_random_activations_with_sparse_factored_weights(m: int, n: int, k: int, group_size: int) -> None:
+    """If this failed, 2:4 sums over all of K would be scaled with another output's or token's scale."""
+    p, factors, meta = sparse_factored(n, k, group_size)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)) * torch.logspace(-1, 1, k) * torch.logspace(-2, 2, m)[:, None]
+    made = round_activations_for_tiles(x, None, sparse=True)
+    result = gemm_sparse_factored(made.codes, made.scales, p, factors, meta)
+    exact = reference.gemm_rounded(x, p, None).double()
+    assert bool(((result.double() - exact).abs() <= 4 * 2**-24 * exact.abs() + 2**-30 * exact.abs().max()).all())
+
+
+def test_metadata_as_it_lies_on_the_disk_shows() -> None:
+    """If this failed, it would not matter to the emulator where metadata lie."""
+    p, factors, meta = sparse_factored(64, 128, 64)
+    codes, ones = in_tile_order(torch.eye(128), sparse=True), torch.ones(1, 128)
+    good = gemm_sparse_factored(codes, ones, p, factors, meta)
+    assert int((gemm_sparse_factored(codes, ones, p, factors, p.meta) != good).sum()) > 1000
+    with pytest.raises(ValueError, match="do not rise"):
+        gemm_sparse_factored(codes, ones, p, factors, torch.zeros_like(meta))
+    with pytest.raises(ValueError, match=r"int8_meta must be int16 \[4, 128\]"):
+        gemm_sparse_factored(codes, ones, p, factors, meta[:2])

@@ -11,18 +11,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlinctl.kernels import dispatch, jit
+from marlinctl.kernels import dispatch, jit, ops
 from marlinctl.kernels.activations import round_activations_for_tiles
-from marlinctl.kernels.configurations import A8_FACTORED_SM80, A8_FACTORED_SM90, A8_SM80, A8_SM90, Configuration, group_shift
+from marlinctl.kernels.configurations import (
+    A8_FACTORED_SM80,
+    A8_FACTORED_SM90,
+    A8_SM80,
+    A8_SM90,
+    SPARSE_A8_FACTORED_SM90,
+    Configuration,
+    group_shift,
+)
 from marlinctl.kernels.factored import factored_scales
 from marlinctl.kernels.functions import architecture_of
+from marlinctl.kernels.int8_metadata import metadata_for_int8
 from marlinctl.kernels.launch import load, multiply
-from marlinctl.kernels.linear import MarlinLinear
-from marlinctl.kernels.ops import marlin_gemm
+from marlinctl.kernels.linear import MarlinLinear, SparseMarlinLinear
+from marlinctl.kernels.ops import marlin_gemm, sparse_marlin_gemm
 from marlinctl.kernels.prepare import Multiplied, prepare
 from marlinctl.kernels.reference import gemm_rounded
 from marlinctl.kernels.rounding import round_on_gpu
-from marlinctl.pack.types import PackedLinear
+from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 from marlinctl.quantize.activations import group_of
 from marlinctl.quantize.scheme import Rounding
 from tests.kernels.built import GPU_CACHE
@@ -240,3 +249,84 @@ def test_rounding_waits_for_what_wrote_its_input() -> None:
         written = source * 2
         rounded = round_on_gpu(written, None, overlap=True)
         assert torch.equal(rounded.codes, round_on_gpu(source, None).codes)
+
+
+# 2:4 weights
+
+
+def sparse_linear_of(n: int, k: int, group_size: int) -> tuple[PackedSparseLinear, Tensor, Tensor]:
+    """With scales that are integers times one scale for each output: those once more, and metadata in the order of int8 products."""
+    p, _ = random_packed(SPARSE_A8_FACTORED_SM90[0], n, k, group_size, seed=n + k)
+    assert isinstance(p, PackedSparseLinear)
+    p = replace(p, qweight=p.qweight.cuda(), meta=p.meta.cuda(), scales=p.scales.cuda())
+    factored = factored_scales(p)
+    assert factored is not None
+    return p, factored, metadata_for_int8(p.meta)
+
+
+@pytest.mark.parametrize("configuration", SPARSE_A8_FACTORED_SM90, ids=lambda c: c.name)
+def test_sparse_weights_in_every_way_of_sharing(configuration: Configuration) -> None:
+    """If this failed, the metadata or the operands of wgmma.sp would lie elsewhere than in the software GPU, or an edge be wrong."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    for n, k, group_size in ((192, 576, 64), (576, 1152, 128), (448, 640, 32), (1024, 2048, -1)):
+        p, factored, meta = sparse_linear_of(n, k, group_size)
+        shift = group_shift(p.group_size, k)
+        kernel = load(configuration, torch.float16, device, jit.default_folder(), shift)
+        for m in (1, 61, 300):
+            x = torch.randn(m, k, device="cuda").half()
+            rounded, exact = round_activations_for_tiles(x, None, sparse=True), gemm_rounded(x, p, None).double()
+            for sharing in configuration.sharings:
+                out = torch.full((m, n), torch.nan, dtype=torch.float16, device="cuda")
+                grid = kernel.grid(m, n, k, 1, sharing)
+                multiply(kernel, rounded.codes, (p.qweight, meta, rounded.scales), factored, None, out, shift, grid)
+                assert error_of(out, exact) <= GATES[torch.float16], f"M={m} N={n} K={k} {group_size} {sharing}"
+
+
+@pytest.fixture
+def all_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Configuration]:
+    """A table that multiplies 2:4 weights with 8-bit activations from 64 tokens on, whatever was measured."""
+    configuration = next(c for c in SPARSE_A8_FACTORED_SM90 if c.tokens == 128 and c.paired)
+    rows = (dispatch.Row(63, 4096, 4096, None), dispatch.Row(1024, 4096, 4096, dispatch.Choice(configuration, 1)))
+    tables = dispatch.tables() | {("sm_90a", dispatch.SPARSE_FACTORED): dispatch.Table(None, rows)}
+    monkeypatch.setattr(dispatch, "tables", lambda: tables)
+    for known in (dispatch.choose, ops._route):
+        known.cache_clear()
+    yield configuration
+    for known in (dispatch.choose, ops._route):
+        known.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_operator_with_sparse_weights(all_in_8_bits: Configuration, dtype: torch.dtype) -> None:
+    """If this failed, a 2:4 model with 8-bit activations would compute something else than `eval` on a CPU says."""
+    for n, k, group_size in ((80, 64, 32), (70, 100, -1), (896, 18432, 128), (28672, 4096, 128)):
+        p, factored, meta = sparse_linear_of(n, k, group_size)
+        operands = (p.qweight, p.meta, p.scales, n, group_size)
+        for m in (7, 64, 129, 1000):
+            x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
+            out = sparse_marlin_gemm(x, *operands, bias, True, "int8", factored, meta)
+            exact, plain = gemm_rounded(x, p, None, bias).double(), sparse_marlin_gemm(x, *operands, bias)
+            assert error_of(out, exact if m >= 64 else plain.double()) <= GATES[dtype], f"M={m} N={n} K={k} group_size={group_size}"
+            assert torch.equal(out, sparse_marlin_gemm(x, *operands, bias, True, "int8", factored, meta)), "two calls differ"
+            assert torch.equal(sparse_marlin_gemm(x, *operands, bias, True, "int8", factored), plain), "without metadata: 16 bits"
+
+
+def test_a_sparse_module_in_a_graph_and_compiled(all_in_8_bits: Configuration) -> None:
+    """If this failed, a served 2:4 model would lose its rounding, or read activations before they are rounded."""
+    p, _, _ = sparse_linear_of(4096, 4096, 128)
+    module = SparseMarlinLinear(p, None, "int8")
+    x = torch.randn(1024, 4096, device="cuda").half()
+    plain = module(x)
+    assert module.factored is not None and module.int8_meta is not None
+    assert error_of(plain, gemm_rounded(x, p, None).double()) <= 1e-3
+    assert torch.equal(torch.compile(module, fullgraph=True)(x), plain)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = module(x)
+    for _ in range(20):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, plain)
+    torch.library.opcheck(
+        sparse_marlin_gemm, (x, p.qweight, p.meta, p.scales, 4096, 128, None, False, "int8", module.factored, module.int8_meta)
+    )

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from marlinctl.kernels import dispatch, ops, rounding
-from marlinctl.kernels.configurations import A8_FACTORED_SM90, A8_SM90, DENSE, SPARSE
+from marlinctl.kernels.configurations import A8_FACTORED_SM90, A8_SM90, DENSE, SPARSE, SPARSE_A8_FACTORED_SM90
 from marlinctl.kernels.dispatch import Choice
 from marlinctl.kernels.factored import factored_scales
+from marlinctl.kernels.int8_metadata import metadata_for_int8
 from marlinctl.kernels.launch import LoadedKernel
 from marlinctl.kernels.ops import marlin_gemm, sparse_marlin_gemm
 from marlinctl.kernels.reference import gemm_rounded
@@ -30,7 +31,7 @@ from tests.kernels.software_kernel import aligned, random_packed
 
 pytestmark = pytest.mark.filterwarnings("ignore:packed tensors on the CPU")
 
-PAIR = next(c for c in A8_FACTORED_SM90 if c.paired)
+PAIR, SPARSE_PAIR = (next(c for c in configurations if c.paired) for configurations in (A8_FACTORED_SM90, SPARSE_A8_FACTORED_SM90))
 GATES = {torch.float16: 1e-3, torch.bfloat16: 5e-3}  # a single wrong number among thousands is beyond them
 
 
@@ -204,7 +205,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch, built: dict[Any, Any]) -> Iterator[Soft
     driver = install(monkeypatch)
 
     def choose(architecture: str, sparse: bool, m: int, n: int, k: int, rounding: Rounding, factored: bool) -> Choice | None:
-        if rounding != "none" and m >= 12:
+        if sparse and factored and rounding == "int8" and m >= 12:
+            return Choice(SPARSE_PAIR, 2)
+        if rounding != "none" and m >= 12 and not sparse:
             return Choice(PAIR if factored and rounding == "int8" else A8_SM90[0], 2 if factored else 1)
         configuration = (SPARSE if sparse else DENSE)[0 if m <= 8 else 2]
         return None if m >= 40 else Choice(configuration, 9)
@@ -216,10 +219,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch, built: dict[Any, Any]) -> Iterator[Soft
             built[key] = software_kernel(configuration, dtype, built["folder"], resident=2, shift=key[2], token_groups=token_groups)
         return built[key]
 
-    def load_rounding(index: int, dtype: torch.dtype, k: int, group: int | None) -> Any:
-        key = rounding.defines(dtype, k, group)
+    def load_rounding(index: int, dtype: torch.dtype, k: int, group: int | None, sparse: bool) -> Any:
+        key = rounding.defines(dtype, k, group, sparse)
         if key not in built:
-            built[key] = software_round(dtype, k, group, built["folder"])
+            built[key] = software_round(dtype, k, group, built["folder"], sparse=sparse)
         return built[key]
 
     def load_unpack(sparse: bool, dtype: torch.dtype, device: torch.device, folder: Path) -> Any:
@@ -290,6 +293,33 @@ def test_factored_scales_are_used_where_the_table_says_so(gpu: SoftwareDriver, w
         assert (gpu.launches[-1].cluster == 2) == (way == "int8")
         with pytest.raises(ValueError, match="factored must be"):
             called(ops._on_gpu, False)(x, p.qweight, p.scales, n, group_size, None, False, way, more[:, :64].contiguous())
+
+
+@pytest.mark.parametrize("way", ["int8", "int8-128"])
+def test_sparse_weights_with_rounded_activations(gpu: SoftwareDriver, way: Rounding) -> None:
+    """If this failed, 2:4 weights would be multiplied with activations or metadata in the order of others, or in 8 bits without them."""
+    for n, k, group_size in ((80, 100, -1), (192, 576, 64)):
+        packed, weight = random_packed(SPARSE_PAIR, n, k, group_size, seed=n)
+        assert isinstance(packed, PackedSparseLinear)
+        qweight, stored, scales = tensors_of(packed)
+        p = PackedSparseLinear(qweight, stored, scales, n, k, packed.group_size)
+        found = factored_scales(p)
+        assert found is not None
+        factored, meta, x = aligned(found), aligned(metadata_for_int8(p.meta)), aligned(torch.randn(15, k).half())
+        bias = torch.randn(n).half()
+        plain = x.double() @ weight.double().T + bias.double()
+        for more in ((factored, meta), (factored, None), (None, None)):
+            launched = len(gpu.launches)
+            out = called(ops._on_gpu, True)(x, *tensors_of(p), n, group_size, bias, False, way, *more)
+            rounds = way == "int8" and more[1] is not None
+            exact = gemm_rounded(x, p, None, bias).double() if rounds else plain
+            assert close(out, exact) and (not rounds or not close(out, plain)), (n, k, group_size)
+            assert len(gpu.launches) == launched + 1 + rounds and (gpu.launches[-1].cluster == 2) == rounds
+        with pytest.raises(ValueError, match="int8_meta must be"):
+            called(ops._on_gpu, True)(x, *tensors_of(p), n, group_size, bias, False, way, factored, meta[:1])
+        cpu = sparse_marlin_gemm(x, *tensors_of(p), n, group_size, bias, False, way, factored, meta)
+        assert close(cpu, gemm_rounded(x, p, group_of(way), bias).double()), "the CPU always rounds"
+    torch.library.opcheck(sparse_marlin_gemm, (x, *tensors_of(p), n, group_size, bias, False, way, factored, meta))
 
 
 def test_activations_may_lie_as_they_like(gpu: SoftwareDriver) -> None:

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from marlinctl.kernels import dispatch
+from marlinctl.kernels.configurations import SPARSE_A8_FACTORED_SM90
 from marlinctl.kernels.prepare import Multiplied, needed
+from marlinctl.kernels.rounding import defines as rounding_defines
 from marlinctl.quantize.scheme import Rounding
 
 WAYS: tuple[tuple[Rounding, bool], ...] = (("none", False), ("int8", False), ("int8-128", False), ("int8", True))
@@ -30,7 +32,7 @@ def test_kernels_of_rounded_activations_are_among_them(rounding: Rounding, group
     assert not any(c.factored for c, *_ in found.kernels)
     assert {groups for c, _, _, groups in found.kernels if c.int8} == {group is not None}
     assert any(not c.int8 for c, *_ in found.kernels), "few tokens have 16-bit activations"
-    assert found.roundings == {(torch.float16, 4096, group)}
+    assert found.roundings == {(torch.float16, 4096, group, False)}
     assert any(source == "round_activations.cu" for source, _ in found.sources)
     assert needed("sm_120", [Multiplied(False, 4096, 4096, 128, torch.float16, rounding)]).roundings == frozenset(), (
         "no kernel of ours there"
@@ -43,7 +45,7 @@ def test_kernels_of_rounded_activations_on_ampere_are_those_of_the_group_size(ar
     """If this failed, a server on an A100 would compile under its first prompt: the group size is compiled in there, too."""
     found = needed(architecture, [Multiplied(False, 4096, 4096, size, torch.bfloat16, "int8")])
     kernels = {(shift, c.wgmma) for c, _, shift, _ in found.kernels if c.int8}
-    assert kernels == {(shift, False)} and found.roundings == {(torch.bfloat16, 4096, None)}
+    assert kernels == {(shift, False)} and found.roundings == {(torch.bfloat16, 4096, None, False)}
     other = needed(architecture, [Multiplied(False, 4096, 4096, 64, torch.bfloat16, "int8")])
     assert {one for one in found.sources if "a8" in one[0]}.isdisjoint(other.sources)
 
@@ -55,6 +57,24 @@ def test_kernels_of_factored_weights_are_among_them() -> None:
     assert needed("sm_90a", [Multiplied(False, 28672, 4096, 128, torch.float16, "int8-128", factored=True)]) == needed(
         "sm_90a", [Multiplied(False, 28672, 4096, 128, torch.float16, "int8-128")]
     ), "a scale for each 128 of a token needs sums of groups"
+
+
+def test_kernels_of_sparse_weights_are_among_them_where_they_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, a 2:4 model with int8 activations would wait for the compiler, or compile what no table chooses."""
+    one = Multiplied(True, 28672, 4096, 128, torch.float16, "int8", factored=True)
+    dispatch.choose.cache_clear()
+    without = {key: table for key, table in dispatch.tables().items() if key[1] != dispatch.SPARSE_FACTORED}
+    monkeypatch.setattr(dispatch, "tables", lambda: without)
+    assert needed("sm_90a", [one]) == needed("sm_90a", [Multiplied(True, 28672, 4096, 128, torch.float16)])
+    eight = SPARSE_A8_FACTORED_SM90[-1]
+    rows = (dispatch.Row(64, 28672, 4096, None), dispatch.Row(1024, 28672, 4096, dispatch.Choice(eight, 1)))
+    with_one = without | {("sm_90a", dispatch.SPARSE_FACTORED): dispatch.Table(None, rows)}
+    monkeypatch.setattr(dispatch, "tables", lambda: with_one)
+    dispatch.choose.cache_clear()
+    found = needed("sm_90a", [one])
+    assert (eight, torch.float16, 3, False) in found.kernels and found.roundings == {(torch.float16, 4096, None, True)}
+    assert ("round_activations.cu", (*rounding_defines(torch.float16, 4096, None), "QUADS=1")) in found.sources
+    dispatch.choose.cache_clear()
 
 
 def test_kernels_are_named_with_their_groups_and_dtype() -> None:

@@ -61,10 +61,10 @@ def same(found: RoundedActivations, wanted: RoundedActivations) -> bool:
     return torch.equal(found.codes, wanted.codes) and torch.equal(found.scales.view(torch.int32), wanted.scales.view(torch.int32))
 
 
-def check(x: Tensor, group: int | None, folder: Path, rooms: list[Tensor]) -> RoundedActivations:
+def check(x: Tensor, group: int | None, folder: Path, rooms: list[Tensor], sparse: bool = False) -> RoundedActivations:
     x = aligned(x)
-    found = launch(software_round(x.dtype, x.shape[1], group, folder), x, group, overlap=False)
-    wanted = round_activations_for_tiles(x, group)
+    found = launch(software_round(x.dtype, x.shape[1], group, folder, sparse=sparse), x, group, overlap=False)
+    wanted = round_activations_for_tiles(x, group, sparse)
     assert torch.equal(found.codes, wanted.codes), f"{list(x.shape)}: codes at {(found.codes != wanted.codes).nonzero()[:4].tolist()}"
     assert same(found, wanted), f"{list(x.shape)}: scales {found.scales} instead of {wanted.scales}"
     for room in rooms:
@@ -80,6 +80,13 @@ def test_codes_and_scales_are_those_of_torch(
 ) -> None:
     """If this failed, a GPU would round to other codes than an evaluation, or leave some place of them, or a padded scale, unwritten."""
     check(random_rows(m, k, dtype), group, tmp_path, poisoned)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(("m", "k"), [(5, 24), (3, 40), (7, 200), (9, 136), (13, 4096), (3, 40000)])
+def test_codes_for_sparse_tiles(m: int, k: int, group: int | None, tmp_path: Path, poisoned: list[Tensor]) -> None:
+    """If this failed, 2:4 weights would be multiplied with activations of other columns of K."""
+    check(random_rows(m, k, DTYPES[m % 2]), group, tmp_path, poisoned, sparse=True)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -163,8 +170,8 @@ def test_what_the_kernel_would_read_wrongly_is_refused() -> None:
 @pytest.mark.parametrize(
     ("group", "right", "wrong"),
     [
-        (None, "piece / 2 * 4 + piece % 2", "piece * 2"),
-        (None, "? row[at + 2] : zeros", "? row[at] : zeros"),
+        (None, "piece / APART * (2 * APART) + piece % APART", "piece * 2"),
+        (None, "? row[at + APART] : zeros", "? row[at] : zeros"),
         (None, "high = max(high, word & 0x7fff0000);", ""),
         (None, "__fmaf_rn(__fmaf_rn(-near, divisor, x), inverse, near)", "near"),
         (None, "permute(lower, upper, 0x5410)", "permute(upper, lower, 0x5410)"),
@@ -198,11 +205,13 @@ def test_the_software_gpu_sees_mistakes(group: int | None, right: str, wrong: st
 )
 def test_it_compiles_without_spills(architecture: str) -> None:
     """If this failed, rounding would run at the rate of local memory, or not at all on that GPU; or read x before it has been written."""
-    kinds = [(torch.float16, 8192, None), (torch.bfloat16, 18432, None), (torch.bfloat16, 1024, None), (torch.float16, 8192, 128)]
+    kinds: list[tuple[torch.dtype, int, int | None, bool]]
+    kinds = [(torch.float16, 8192, None, False), (torch.bfloat16, 18432, None, False), (torch.bfloat16, 1024, None, False)]
+    kinds += [(torch.float16, 8192, 128, False), (torch.float16, 8192, None, True)]
     cubins = [jit.cubin("round_activations.cu", defines(*kind), architecture, CUBINS) for kind in kinds]
-    for (dtype, k, group), code in zip(kinds, disassemble("round_activations", architecture, cubins), strict=True):
+    for (dtype, k, group, sparse), code in zip(kinds, disassemble("round_activations", architecture, cubins), strict=True):
         threads, pieces = shape_of(k, group)
-        case = (architecture, dtype, k, group)
+        case = (architecture, dtype, k, group, sparse)
         assert (code.stack, code.local) == (0, 0), case
         assert code.registers <= (64 if pieces == 4 or threads == 32 else 48), case
         spans = 1 if group else 2  # in the loop for the maximum, and in that for codes beyond what registers hold
@@ -222,6 +231,8 @@ def test_on_a_gpu(dtype: torch.dtype, group: int | None) -> None:
         x[0, 0] = torch.inf
         wanted = round_activations_for_tiles(x, group)
         on_gpu = x.cuda()
+        for_sparse, wanted_of_sparse = round_on_gpu(on_gpu, group, sparse=True), round_activations_for_tiles(x, group, sparse=True)
+        assert same(RoundedActivations(for_sparse.codes.cpu(), for_sparse.scales.cpu()), wanted_of_sparse), (m, k, "2:4")
         for overlap in (False, True):
             found = round_on_gpu(on_gpu, group, overlap)
             assert same(RoundedActivations(found.codes.cpu(), found.scales.cpu()), wanted), (m, k, overlap)

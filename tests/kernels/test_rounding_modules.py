@@ -1,4 +1,4 @@
-"""Dense packed linears that round their activations: what operator and modules compute on a CPU, and what goes with them."""
+"""Packed linears that round their activations: what operator and modules compute on a CPU, and what goes with them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from marlinctl.kernels.configurations import DENSE, SPARSE
 from marlinctl.kernels.linear import LinearPart, MarlinLinear, SharedLinear, packed_module
-from marlinctl.kernels.ops import marlin_gemm
-from marlinctl.pack.types import PackedLinear
+from marlinctl.kernels.ops import marlin_gemm, sparse_marlin_gemm
+from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 from marlinctl.quantize.scheme import Rounding
 from tests.kernels.software_kernel import random_packed
 
@@ -113,9 +113,25 @@ def test_the_module_remembers_how_to_round(kind: Rounding) -> None:
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert other.rounding == kind and torch.equal(other(x), wanted)
     assert set(module.state_dict()) == set(packed_module(p).state_dict()) and repr(module).endswith(f", rounding={kind})")
-    sparse, _ = random_packed(SPARSE[0], 80, 96, 32, seed=0)
-    with pytest.raises(ValueError, match="2:4 weights have 16-bit activations"):
-        packed_module(sparse, None, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sparse_weights_too(kind: Rounding) -> None:
+    """If 2:4 linears left activations as they are, `eval` on a CPU would not see what int8 activations cost a 2:4 model."""
+    p, weight = random_packed(SPARSE[0], 80, 256, 64, seed=0)
+    assert isinstance(p, PackedSparseLinear)
+    x = tokens(9, 256, torch.bfloat16)
+    exact, plain = in_float64(x, kind) @ weight.double().T, x.double() @ weight.double().T
+    module = packed_module(p, None, kind)
+    assert error(module(x), exact) < GATE and error(plain, exact) > 1.5 * GATE, "rounding shows, so that this test can fail"
+    found = sparse_marlin_gemm(x, p.qweight, p.meta, p.scales, 80, 64, None, False, kind)
+    assert error(found, exact) < 2e-3
+    module.overlap = False
+    assert torch.equal(module(x), found)
+    copied = copy.deepcopy(module)
+    assert copied.rounding == kind and set(module.state_dict()) == set(packed_module(p).state_dict())
+    module.split_scales()
+    assert module.factored is None and module.int8_meta is None, "no GPU has a use for them here"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -21,6 +21,7 @@ from marlinctl.kernels.configurations import (
     A8_SM80,
     A8_SM90,
     GROUP_SIZES,
+    SPARSE_A8_FACTORED_SM90,
     Configuration,
     Grid,
     group_shift,
@@ -28,7 +29,7 @@ from marlinctl.kernels.configurations import (
 from marlinctl.kernels.dispatch import configurations
 
 HOPPER = "sm_90a"
-SUMS, FACTORED = (*A8_SM80, *A8_SM90), (*A8_FACTORED_SM80, *A8_FACTORED_SM90)
+SUMS, FACTORED = (*A8_SM80, *A8_SM90), (*A8_FACTORED_SM80, *A8_FACTORED_SM90, *SPARSE_A8_FACTORED_SM90)
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -52,7 +53,7 @@ def test_every_kernel_for_int8_activations_is_there(quick: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernels", "quick", "most"), [("a8", False, 3000), ("a8", True, 700), ("dense", True, 1500), ("sparse", True, 1500)]
+    ("kernels", "quick", "most"), [("a8", False, 3600), ("a8", True, 800), ("dense", True, 1500), ("sparse", True, 1500)]
 )
 def test_a_run_has_few_launches(kernels: str, quick: bool, most: int) -> None:
     """A launch takes ten milliseconds and more under a sanitizer: a run of hours would not be made."""
@@ -71,7 +72,7 @@ def test_16_bit_products_and_roundings() -> None:
         found = {(one.configuration, one.dtype) for one in subject.cases(kernels, HOPPER, quick=True)}
         assert found == set(itertools.product((c for c in configurations(kernels) if c.fits(HOPPER)), subject.DTYPES))
     whole = subject.roundings(quick=False)
-    assert len(whole) == len(set(whole)) == 24
+    assert len(whole) == len(set(whole)) == 36
     assert {dict(d.split("=") for d in defines)["PIECES"] for one in whole for _, defines in one.sources} == {"2", "4"}
 
 
@@ -88,12 +89,13 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
             out.fill_(leaves)
 
         def multiply(kernel: Any, x: Tensor, weights: Any, scales: Tensor, bias: Tensor, out: Tensor, shift: int, grid: Grid) -> None:
-            assert kernel.configuration.int8 and x.dtype == torch.int8 and weights[1].dtype == torch.float32
+            assert kernel.configuration.int8 and x.dtype == torch.int8 and weights[-1].dtype == torch.float32
+            assert len(weights) == (3 if kernel.configuration.sparse else 2)
             assert grid.ctas <= kernel.configuration.units(*out.shape, x.shape[1])
             out.fill_(leaves)
 
-        def round_on_gpu(x: Tensor, group: int | None) -> Any:
-            return round_activations_for_tiles(x + leaves, group)
+        def round_on_gpu(x: Tensor, group: int | None, *, sparse: bool) -> Any:
+            return round_activations_for_tiles(x + leaves, group, sparse)
 
         monkeypatch.setattr(subject, "DEVICE", torch.device("cpu"))
         monkeypatch.setattr(subject, "architecture_of", lambda device: HOPPER)
@@ -134,6 +136,6 @@ def test_parts_make_a_whole(on_the_cpu: Callable[..., int], capsys: pytest.Captu
     for part in ("1/1", "1/3", "2/3", "3/3"):
         assert on_the_cpu("--kernels", "rounding", "--part", part) == 0
         counts.append(int(capsys.readouterr().out.split()[1]))
-    assert counts[0] == sum(counts[1:]) == 8
+    assert counts[0] == sum(counts[1:]) == 12
     with pytest.raises(SystemExit):
         on_the_cpu("--part", "4/3")

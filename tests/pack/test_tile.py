@@ -87,6 +87,9 @@ def test_activations_have_places_of_their_own() -> None:
     assert all(place // 32 == k // 32 for k, place in enumerate(places))
     assert tile.activation_place(torch.arange(96)).tolist() == places
     assert tile.activation_column(torch.arange(96))[places].tolist() == list(range(96))
+    places = [tile.sparse_activation_place(k) for k in range(192)]
+    assert sorted(places) == list(range(192)) and [tile.sparse_activation_column(place) for place in places] == list(range(192))
+    assert all(place // 64 == k // 64 and place % 4 == k % 4 for k, place in enumerate(places)), "quads stay whole"
 
 
 def test_four_neighbouring_places_are_two_words_at_one_height() -> None:

@@ -234,6 +234,8 @@ def test_offloaded_metadata_are_looked_at_too(source: Path, damaged: Path, tmp_p
     where = {"device_map": {**places, "model.rotary_emb": "cpu"}, "offload_folder": tmp_path / "offloaded", "offload_buffers": True}
     with pytest.raises(BadInput, match=f"{UP}.B_meta: metadata of row 121"):
         AutoModelForCausalLM.from_pretrained(damaged, **where)
+    make_packed(source, tmp_path / "dense", "marlin")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **where).get_submodule(UP).B.is_meta
     make_sparse_packed(source, tmp_path / "sound", "marlin_24")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sound", **where)
     assert model.get_submodule(UP).B_meta.is_meta

@@ -28,7 +28,8 @@ struct Factors {
     __device__ __forceinline__ unsigned times(int row, unsigned nibbles) const { return (nibbles * of[row] + offset[row]) ^ 0x80808080; }
 };
 
-// One word's fragment of 32 k, codes times factors.
+// One word's fragment of 32 k, codes times factors: Factors, or what else has `times`.
+template <class Factors>
 __device__ __forceinline__ void decode_factored(unsigned (&a)[4], unsigned w0, unsigned w1, const Factors& factors) {
     const unsigned upper = permute(w0, w1, 0x6420), lower = permute(w0, w1, 0x7531);
     a[0] = factors.times(0, upper & 0x0f0f0f0f);

@@ -87,9 +87,9 @@ __device__ __forceinline__ void close_group(
 }
 
 struct A8Products {
-    using S = A8Stage;
-    using GroupSums = ::GroupSums;
     static constexpr int TILE_K = 16, META_BYTES = 0;
+    using S = A8Stage<A8Products>;
+    using GroupSums = ::GroupSums;
 
     static __device__ __forceinline__ void end(Sums&, GroupSums&) {}
     static __device__ __forceinline__ void begin(GroupSums&) { Turn{warp_uniform(thread_index() / 128)}.first(); }

@@ -40,13 +40,18 @@
 #endif
 constexpr int ARRIVING_LANES = EVERY_LANE_ARRIVES ? 32 : 1;
 
+// A kernel says so, before it includes this, where addresses of metadata would not fit the fewest registers of copying warps.
+#ifndef COPIES_METADATA
+#define COPIES_METADATA 0
+#endif
+
 constexpr bool GROUPED = GROUP_SHIFT >= 0;
 constexpr bool SCALE_SUMS = !WHOLE_SUMS && (EIGHT_BIT || (GROUPED && !SCALE_WEIGHTS));
 constexpr int COPY_THREADS = 128;
 constexpr int RING_BYTES = 16 * STAGES;         // full and empty, 8 bytes each
 // Registers of a thread when a CTA starts, in steps of 8. setmaxnreg can only redistribute these: asking for more would never return.
 constexpr int START_REGISTERS = 65536 / CTAS / (THREADS + COPY_THREADS) / 8 * 8;
-constexpr int COPY_REGISTERS = THREADS * CTAS != 256 ? 32 : EIGHT_BIT ? 24 : 40;
+constexpr int COPY_REGISTERS = THREADS * CTAS != 256 || (EIGHT_BIT && COPIES_METADATA) ? 32 : EIGHT_BIT ? 24 : 40;
 constexpr int MULTIPLY_REGISTERS = (START_REGISTERS * (THREADS + COPY_THREADS) - COPY_REGISTERS * COPY_THREADS) / THREADS / 8 * 8;
 
 static_assert(COLUMN_WARPS % 4 == 0, "the warps of a warpgroup share their activations, and so their part of k");

@@ -266,6 +266,7 @@ __device__ __forceinline__ unsigned long long describe_rows(unsigned shared) {
 #define MARLIN_A "%128, %129, %130, %131"
 #define MARLIN_B "%132"
 #define MARLIN_KEEP "%133"
+#define MARLIN_PLACES "%134, %135"
 #endif
 
 #if EIGHT_BIT
@@ -277,6 +278,17 @@ __device__ __forceinline__ void wgmma_int8(int (&d)[MARLIN_TOKENS / 8][4], const
         "wgmma.mma_async.sync.aligned.m64n" MARLIN_N "k32.s32.s8.s8 {" MARLIN_D "}, {" MARLIN_A "}, " MARLIN_B ", p;\n}"
         : MARLIN_SUMS
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<unsigned>(keep)));
+}
+
+// .sp.m64nNk64 of int8: `a` holds 32 of 64 numbers of k, as above. Metadata `e` of a warp's 16 rows lies in all of its lanes: that of lane t is
+// of row t/4 + 8 (t%2), for k 32 (t%4 / 2) and up; four bits for each four k. There is one selector, 0.
+__device__ __forceinline__ void wgmma_sparse_int8(int (&d)[MARLIN_TOKENS / 8][4], const unsigned (&a)[4], unsigned long long b, unsigned e,
+                                                  bool keep) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, " MARLIN_KEEP ", 0;\n"
+        "wgmma.mma_async.sp.sync.aligned.m64n" MARLIN_N "k64.s32.s8.s8 {" MARLIN_D "}, {" MARLIN_A "}, " MARLIN_B ", " MARLIN_PLACES ", p;\n}"
+        : MARLIN_SUMS
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<unsigned>(keep)), "r"(e), "n"(0));
 }
 #else
 __device__ __forceinline__ void wgmma_half(float (&d)[TOKENS / 8][4], const unsigned (&a)[4], unsigned long long b, bool keep) {

@@ -1,4 +1,4 @@
-// Activations to int8, for marlin_a8_sm90.cu:  x [M, K] in float16 or bfloat16 -> codes and scales (kernels/activations.py)
+// Activations to int8, for marlin_a8_sm90.cu and its relatives:  x [M, K] in float16 or bfloat16 -> codes and scales (kernels/activations.py)
 //
 //   codes   [M, K'] int8       q = round(x / s) to even; K' is K rounded up to 64, 0 beyond K; in tile order (below)
 //   scales  [G, M'] float32    s = max |x| / 127, over a token (GROUP=0: G = 1) or each 128 of its k (GROUP=1); M' is M rounded up to 4
@@ -8,6 +8,12 @@
 //   k of 32     0 .. 7 | 8 .. 15 | 16 .. 23 | 24 .. 31
 //   piece 0     0 1 16 17  2 3 18 19  4 5 20 21  6 7 22 23                          a word of each run for every four places
 //   piece 1     8 9 24 25  10 11 26 27  12 13 28 29  14 15 30 31
+//
+// For 2:4 weights (QUADS=1, sparse_marlin_a8_factored_sm90.cu) the runs are 32 apart, and meet four by four:
+//
+//   k of 64     0 .. 7 | 8 .. 15 | .. | 32 .. 39 | 40 .. 47 | ..
+//   piece 0     0 1 2 3  32 33 34 35  4 5 6 7  36 37 38 39
+//   piece 1     8 9 10 11  40 41 42 43  12 13 14 15  44 45 46 47
 //
 //   GROUP=0   a CTA is one token. Its pieces stay in registers from the maximum to the codes; what exceeds PIECES for each of THREADS is
 //             read again, from L2, the last span first.
@@ -30,6 +36,9 @@
 // LIMITS.  K a multiple of 8, x and codes aligned to 16 bytes; M (groups) x G < 2^32 - THREADS.
 #include "dequantize.cuh"
 
+#ifndef QUADS
+#define QUADS 0
+#endif
 constexpr unsigned GROUP_PIECES = 8;  // 128 of k: as many lanes
 constexpr float SMALLEST_DIVISOR = 7.888609052210118e-31f;  // 2^-100
 constexpr float ROUND_TO_INTEGER = 12582912.0f;             // 1.5 * 2^23: a unit in the last place of the sum is 1
@@ -38,14 +47,15 @@ static_assert(THREADS % 32 == 0 && THREADS <= 1024, "a token's warps leave a max
 static_assert(THREADS / 32 * 4 <= SHARED_BYTES, "the host allots less shared memory than the kernel uses");
 
 struct Piece {
-    uint4 first, second;  // 8 numbers each, the second ones 16 further in k
+    uint4 first, second;  // 8 numbers each, the second ones 16 (QUADS: 32) further in k
 };
 
 // Of a row of `chunks` x 8 numbers; zeros beyond.
 __device__ __forceinline__ Piece load(const uint4* row, unsigned piece, unsigned chunks) {
-    const unsigned at = piece / 2 * 4 + piece % 2;
+    constexpr unsigned APART = QUADS ? 4 : 2;
+    const unsigned at = piece / APART * (2 * APART) + piece % APART;
     const uint4 zeros = make_uint4(0, 0, 0, 0);
-    return {at < chunks ? row[at] : zeros, at + 2 < chunks ? row[at + 2] : zeros};
+    return {at < chunks ? row[at] : zeros, at + APART < chunks ? row[at + APART] : zeros};
 }
 
 // The largest magnitude, as the bits of a 16-bit number: they rise with it, and infinity and NaN are above all numbers.
@@ -88,6 +98,10 @@ struct Scale {
         return permute(lower, upper, 0x5410) & kept;
     }
     __device__ __forceinline__ uint4 codes(const Piece& p) const {
+        if (QUADS) {
+            const unsigned first = codes(p.first.x, p.first.y), second = codes(p.second.x, p.second.y);
+            return make_uint4(first, second, codes(p.first.z, p.first.w), codes(p.second.z, p.second.w));
+        }
         return make_uint4(
             codes(p.first.x, p.second.x), codes(p.first.y, p.second.y), codes(p.first.z, p.second.z), codes(p.first.w, p.second.w)
         );

@@ -9,6 +9,7 @@ struct Output {
     unsigned short* out;         // [M, N]
     unsigned m, n;
     bool grouped;
+    const float* token_scales = nullptr;  // [M'], of 8-bit activations: one for each token
 };
 
 // The sums of a lane in the order of the output. Of all four words, part 2c + r is row r (0: n = 8g + 0..3, 1: n = 8g + 4..7) of token
@@ -61,8 +62,14 @@ __device__ __forceinline__ void write_result(
                 if constexpr (K_WARPS > 1) s[j] = own[i][slab][j];
                 else s[j] = neighbour(own, i, slab, j);
             }
-            const unsigned first_pair = NUMBER::round(s[0] * scale[0] + shift[0], s[1] * scale[1] + shift[1]);
-            const unsigned second_pair = NUMBER::round(s[2] * scale[2] + shift[2], s[3] * scale[3] + shift[3]);
+            float whole[4] = {scale[0], scale[1], scale[2], scale[3]};
+            if (EIGHT_BIT) {
+                const float token_scale = token < output.m ? output.token_scales[token] : 0.0f;
+#pragma unroll
+                for (int j = 0; j < 4; ++j) whole[j] *= token_scale;
+            }
+            const unsigned first_pair = NUMBER::round(s[0] * whole[0] + shift[0], s[1] * whole[1] + shift[1]);
+            const unsigned second_pair = NUMBER::round(s[2] * whole[2] + shift[2], s[3] * whole[3] + shift[3]);
             if (token >= output.m) continue;
             if constexpr (SPLIT == 1) {
                 *reinterpret_cast<uint2*>(to) = uint2{first_pair, second_pair};

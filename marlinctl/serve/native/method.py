@@ -22,16 +22,18 @@ from marlinctl.checkpoint.formats.base import CODES, METADATA, Format
 from marlinctl.checkpoint.reader import dtype_called, name_of_dtype
 from marlinctl.errors import BadInput
 from marlinctl.kernels.factored import factored_scales
+from marlinctl.kernels.int8_metadata import int8_operands
 from marlinctl.kernels.ops import marlin_gemm, sparse_marlin_gemm
 from marlinctl.kernels.prepare import Multiplied
 from marlinctl.pack.sparse_marlin import check_metadata
-from marlinctl.pack.types import PackedLinear
+from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 from marlinctl.quantize.scheme import Rounding
 from marlinctl.serve.native import products
 from marlinctl.serve.native.layout import Arrivals, Layout, Part, check_tensor, layout
 from marlinctl.serve.native.refusals import as_refusals
 
 FACTORED = "factored"  # the buffer of scales as kernels/factored.py makes them, or None
+INT8_META = "int8_meta"  # of 2:4: the buffer of metadata as kernels/int8_metadata.py makes them, or None
 _ZERO_CODES, _FIRST_TWO = 0x88888888 - (1 << 32), 0x4444  # words of padding: code 0, and metadata that names the first two of four
 
 
@@ -49,6 +51,7 @@ class PackedLinearMethod:
         self.layout = place
         self.out_features, self.product_group, self.sparse = place.out_features, place.product_group, self.format.needs_mask
         self.outputs = place.outputs if place.gaps else ()
+        self.prepared = (FACTORED, INT8_META) if self.sparse else (FACTORED,)
         shapes = self.format.shapes(place.out_features, place.inputs, self.product_group)
         # What `apply` reads are plain numbers and names: a traced program guards all that it looks at.
         self.operands = (*(suffix for suffix, kind in self.format.tensors.items() if kind in (CODES, METADATA)), self.scales)
@@ -99,19 +102,25 @@ class PackedLinearMethod:
         if hasattr(layer, self.format.shape_from):
             delattr(layer, self.format.shape_from)  # it has done its work, and no product needs it
         if self.rounding == "int8":
-            standing, found = getattr(layer, FACTORED, None), factored_scales(self._packed(layer))
-            if standing is not None and found is not None:
-                standing.copy_(found)  # weights that are loaded again, beside graphs that have its address
-            else:
-                layer.register_buffer(FACTORED, found, persistent=False)
-            self.product = replace(self.product, factored=found is not None)
+            made = self._prepared(layer)
+            for name, found in made.items():
+                standing = getattr(layer, name, None)
+                if standing is not None and found is not None:
+                    standing.copy_(found)  # weights that are loaded again, beside graphs that have its address
+                else:
+                    layer.register_buffer(name, found, persistent=False)
+            self.product = replace(self.product, factored=made[FACTORED] is not None)
             products.expect(self.product)
         products.compile_expected(getattr(layer, self.scales).device, log)
 
-    def _packed(self, layer: torch.nn.Module) -> PackedLinear:
-        qweight, scales = (getattr(layer, name) for name in self.operands)
-        size = self.layout.inputs if self.product_group == -1 else self.product_group
-        return PackedLinear(qweight, scales, self.out_features, self.layout.inputs, size)
+    def _prepared(self, layer: torch.nn.Module) -> dict[str, Tensor | None]:
+        """What the operator is given beside the parameters for int8 activations, in its order."""
+        qweight, *meta, scales = (getattr(layer, name) for name in self.operands)
+        sizes = (self.out_features, self.layout.inputs, self.layout.inputs if self.product_group == -1 else self.product_group)
+        if not self.sparse:
+            return {FACTORED: factored_scales(PackedLinear(qweight, scales, *sizes))}
+        factored, reordered = int8_operands(PackedSparseLinear(qweight, meta[0], scales, *sizes)) or (None, None)
+        return {FACTORED: factored, INT8_META: reordered}
 
     def _check_metadata(self, suffix: str, meta: Tensor) -> None:
         """Refused where the hardware has no meaning for it: kernels do not look."""
@@ -125,7 +134,7 @@ class PackedLinearMethod:
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         weights = [getattr(layer, name) for name in self.operands]
         multiply: Callable[..., Tensor] = sparse_marlin_gemm if self.sparse else marlin_gemm
-        more = (*self.more, getattr(layer, FACTORED)) if self.product.factored else self.more
+        more = (*self.more, *(getattr(layer, name) for name in self.prepared)) if self.product.factored else self.more
         if not self.outputs:
             return multiply(x, *weights, self.out_features, self.product_group, bias, True, *more)
         out = multiply(x, *weights, self.out_features, self.product_group, None, True, *more)

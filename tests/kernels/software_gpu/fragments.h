@@ -83,27 +83,46 @@ void add_product(float& sum, const Rows& rows, int upper, const float* b) {
 
 // The same of int8: four in a register. A lane gives its registers of A and of B (mma alone).
 struct Bytes {
-    unsigned a[4], b[2];
+    unsigned a[4], b[2], e;  // e: metadata, of 2:4
 };
+
+constexpr int OVERWRITTEN = 1 << 30;  // a sum of int8 where float ones are NaN: above all that products of 65,536 of k reach
 
 int int8_of(unsigned word, int byte) { return static_cast<int8_t>(word >> 8 * byte); }
 
 // Rows lane / 4 and 8 below of a warp's A: a0 has columns 4 (lane % 4) .. + 3 of the first and a1 of the second, a2 and a3 16 further on.
+//
+// Of 2:4 these are 32 of 64 columns. Metadata: of each four lanes the first and the third hold that of row lane / 4, the others that of the row
+// 8 below; the first two for columns 0..31 of A, the last two for 32..63; four bits for each four columns, as above.
 struct ByteRows {
     int values[2][32];
+    int places[2][32];
+    bool defined[2];
 };
-ByteRows rows_of_bytes(const Bytes (&all)[32], unsigned lane) {
+ByteRows rows_of_bytes(const Bytes (&all)[32], unsigned lane, bool sparse) {
     ByteRows rows;
     const int first_lane = lane / 4 * 4;
-    for (int upper = 0; upper < 2; ++upper)
-        for (int k = 0; k < 32; ++k) rows.values[upper][k] = int8_of(all[first_lane + k % 16 / 4].a[upper + k / 16 * 2], k % 4);
+    for (int upper = 0; upper < 2; ++upper) {
+        rows.defined[upper] = true;
+        for (int k = 0; k < 32; ++k) {
+            rows.values[upper][k] = int8_of(all[first_lane + k % 16 / 4].a[upper + k / 16 * 2], k % 4);
+            rows.places[upper][k] = k;
+        }
+        for (int quad = 0; sparse && quad < 16; ++quad) {
+            const unsigned word = all[first_lane + quad / 8 * 2 + upper].e;
+            const int first = word >> 4 * (quad % 8) & 3, second = word >> (4 * (quad % 8) + 2) & 3;
+            rows.defined[upper] &= first < second;
+            rows.places[upper][2 * quad] = 4 * quad + first;
+            rows.places[upper][2 * quad + 1] = 4 * quad + second;
+        }
+    }
     return rows;
 }
 
 // Sums wrap around.
-void add_product(int& sum, const int (&row)[32], const int (&column)[32]) {
-    unsigned total = sum;
-    for (int k = 0; k < 32; ++k) total += static_cast<unsigned>(row[k] * column[k]);
+void add_product(int& sum, const ByteRows& rows, int upper, const int* column) {
+    unsigned total = rows.defined[upper] ? sum : OVERWRITTEN;
+    for (int k = 0; k < 32; ++k) total += static_cast<unsigned>(rows.values[upper][k] * column[rows.places[upper][k]]);
     sum = static_cast<int>(total);
 }
 }  // namespace

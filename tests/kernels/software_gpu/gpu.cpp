@@ -37,7 +37,6 @@ namespace {
 constexpr unsigned STACK = 1 << 17;
 constexpr int AHEAD_TURNS = 6;
 constexpr int ROUNDS = 50;  // of all threads, before another CTA of the cluster has its turn
-constexpr int OVERWRITTEN = 1 << 30;  // a sum of int8 where float ones are NaN: above all that products of 65,536 of k reach
 
 struct ThreadBarrier { unsigned waiting = 0, generation = 0; };
 struct Copy { unsigned to; const void* from; bool inside; };
@@ -184,20 +183,22 @@ void load_b(void* to, const Product& p, unsigned n, unsigned at) {
 void carry_out_int8(const Product& p) {
     const unsigned warp = current / 32, lane = current % 32;
     const auto& all = own->bytes[warp][own->warps[warp].generation % 2];
-    std::memcpy(own->bytes[warp][own->warps[warp].generation % 2][lane].a, p.values, sizeof p.values);
+    Bytes& mine = own->bytes[warp][own->warps[warp].generation % 2][lane];
+    std::memcpy(mine.a, p.values, sizeof p.values);
+    mine.e = p.e;
     sync_warp();
-    const ByteRows rows = rows_of_bytes(all, lane);
+    const ByteRows rows = rows_of_bytes(all, lane, p.sparse);
     for (unsigned n = lane % 4 * 2; n < p.columns; n += n % 2 ? 7 : 1) {
-        int8_t column[32];
-        load_b(column, p, n, 0);
-        load_b(column + 16, p, n, 16);
-        int wide[32];
-        for (int k = 0; k < 32; ++k) wide[k] = column[k];
+        const int count = p.sparse ? 64 : 32;
+        int8_t column[64];
+        for (int k = 0; k < count; k += 16) load_b(column + k, p, n, k);
+        int wide[64];
+        for (int k = 0; k < count; ++k) wide[k] = column[k];
         for (int upper = 0; upper < 2; ++upper) {
             int& d = p.sums[n / 8][upper * 2 + n % 2];
             if (!p.keep) d = 0;
             if (p.overwritten) d = OVERWRITTEN;
-            add_product(d, rows.values[upper], wide);
+            add_product(d, rows, upper, wide);
         }
     }
 }
@@ -347,11 +348,11 @@ void mma_int8(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     const auto& all = own->bytes[warp][own->warps[warp].generation % 2];
     own->bytes[warp][own->warps[warp].generation % 2][lane] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
     sync_warp();
-    const ByteRows rows = rows_of_bytes(all, lane);
+    const ByteRows rows = rows_of_bytes(all, lane, false);
     for (unsigned right = 0; right < 2; ++right) {
         int column[32];  // lane 4 n + t has k = 4 t .. 4 t + 3 of column n, and 16 more
         for (int k = 0; k < 32; ++k) column[k] = int8_of(all[(lane % 4 * 2 + right) * 4 + k % 16 / 4].b[k / 16], k % 4);
-        for (int upper = 0; upper < 2; ++upper) add_product(d[upper * 2 + right], rows.values[upper], column);
+        for (int upper = 0; upper < 2; ++upper) add_product(d[upper * 2 + right], rows, upper, column);
     }
 }
 void mma_sparse(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned e, int selector, bool bfloat) {

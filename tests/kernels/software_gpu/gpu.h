@@ -20,13 +20,14 @@ struct TensorMap {  // of a matrix of 16-bit numbers, of bytes, or of blocks of 
 struct Arguments {  // of any kernel
     const char* activations;
     const void* qweight;
-    const void* meta;  // of 2:4 weights; with int8 activations the scales of the tokens
+    const void* meta;  // of 2:4 weights; with int8 activations of dense ones the scales of the tokens
     const char* scales;
     const unsigned short* bias;
     void* out;
     float4* partials;
     int* counters;
     int m, n, k, whole, group_shift;
+    const void* token_scales;  // with int8 activations of 2:4 weights
 };
 
 extern dim3 threadIdx, blockIdx, gridDim;

@@ -8,6 +8,9 @@
 #include "repack.cu"
 #elif UNPACK
 #include "unpack.cu"
+#elif SPARSE && EIGHT_BIT
+#include "sparse_marlin_a8_factored_sm90.cu"
+#define KERNEL sparse_marlin_a8_factored_sm90
 #elif SPARSE && WGMMA
 #include "sparse_marlin_sm90.cu"
 #define KERNEL sparse_marlin_sm90
@@ -65,6 +68,9 @@ void gpu::run_thread(const Arguments& a) {
     repack(Pointer{a.activations}, qweight, a.n, a.m, a.k, a.whole);
 #elif UNPACK
     unpack(qweight, meta, scales, out, a.n, a.k, a.group_shift);
+#elif SPARSE && EIGHT_BIT
+    const Pointer token_scales{a.token_scales};
+    KERNEL(activations, qweight, meta, token_scales, scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.whole, a.group_shift);
 #elif SPARSE || EIGHT_BIT
     KERNEL(activations, qweight, meta, scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.whole, a.group_shift);
 #else

@@ -56,3 +56,6 @@ inline void wgmma_sparse_bfloat(Accumulators d, Operand a, unsigned long long b,
 template <int slabs> inline void wgmma_int8(int (&d)[slabs][4], Operand a, unsigned long long b, bool keep) {
     gpu::wgmma({nullptr, a, b, slabs * 8, keep, false, false, 0, 0, d});
 }
+template <int slabs> inline void wgmma_sparse_int8(int (&d)[slabs][4], Operand a, unsigned long long b, unsigned e, bool keep) {
+    gpu::wgmma({nullptr, a, b, slabs * 8, keep, false, true, e, 0, d});
+}

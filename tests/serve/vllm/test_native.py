@@ -4,6 +4,7 @@ on one device and on several, and what is wrong with a folder is said."""
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +18,13 @@ from torch import Tensor
 
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.reader import open_checkpoint
+from marlinctl.kernels.factored import factored_scales
+from marlinctl.kernels.int8_metadata import metadata_for_int8
+from marlinctl.kernels.ops import sparse_marlin_gemm
 from marlinctl.quantize.activations import nearest
 from marlinctl.quantize.types import QuantizedLinear
-from marlinctl.serve.native import products
+from marlinctl.serve.native import method, products
+from marlinctl.serve.native.folder import NativeFolder
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from tests.packed import make_packed
 from tests.pruned import keep_largest
@@ -216,6 +221,41 @@ def test_linears_that_may_be_rounded_are(vllm: Vllm, tmp_path: Path, widths: lis
         x = torch.randn(3, size, generator=torch.Generator().manual_seed(0)).half()
         x[:, 7] = 40
         close(product(module, x), x, torch.cat(weights(folder, names)))
+
+
+@pytest.mark.filterwarnings("ignore:packed linears on the CPU")
+@pytest.mark.parametrize("used", [False, True])
+def test_sparse_linears_give_the_operator_what_int8_products_need(
+    vllm: Vllm, tmp_path: Path, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this failed, a server would multiply 2:4 linears with metadata in the wrong order, or with those of weights before. No format says
+    yet that activations beside 2:4 weights may be rounded."""
+    monkeypatch.setattr(NativeFolder, "rounding_of", lambda folder, names: "int8")
+    monkeypatch.setattr(method, "int8_operands", lambda p: (factored_scales(p), metadata_for_int8(p.meta)) if used else None)
+    given: list[tuple[object, ...]] = []
+
+    def gemm(*arguments: Any) -> Tensor:
+        given.append(arguments[8:])
+        out: Tensor = sparse_marlin_gemm(*arguments)
+        return out
+
+    monkeypatch.setattr(method, "sparse_marlin_gemm", gemm)
+    folder, down = native(tmp_path, "marlin_24", group_size=-1), f"{LAYER}mlp.down_proj"
+    module: Any = Linear(opened(vllm, folder), down, 256, [128])
+    load(module, folder, [down], [None])
+    x = torch.randn(3, 256).half()
+    x[:, 7] = 40
+    close(product(module, x), nearest(x, "int8"), weights(folder, [down])[0])
+    assert module.quant_method.product.factored == used and given[0][0] == "int8"
+    prepared = (module.factored, module.int8_meta) if used else ()
+    assert all(a is b for a, b in zip(given[0][1:], prepared, strict=True))
+    if used:
+        assert torch.equal(module.int8_meta, metadata_for_int8(module.B_meta)) and not torch.equal(module.int8_meta, module.B_meta)
+        place, before = module.int8_meta.data_ptr(), module.int8_meta.clone()
+        module.B_meta.data.copy_(module.B_meta.flip(0))
+        module.quant_method.finish(module, logging.getLogger(__name__))
+        assert module.int8_meta.data_ptr() == place and not torch.equal(module.int8_meta, before), "a graph has its address"
+        assert torch.equal(module.int8_meta, metadata_for_int8(module.B_meta))
 
 
 def test_the_cache_of_compiled_models_knows_what_is_rounded(vllm: Vllm, tmp_path: Path) -> None:
