@@ -1,7 +1,7 @@
 """8-bit activations: every configuration of the kernels for int8, checked and timed, beside 16-bit products and torch's fp8.
 
-    PYTHONPATH=. python benchmarks/eight_bit_speed.py --shapes 73728x18432 --tokens 64,128,256 [--kernels sm80] [--sparse] [--json FILE]
-        [--table]
+    PYTHONPATH=. python benchmarks/eight_bit_speed.py --shapes 73728x18432 --tokens 64,128,256 [--kernels sm80] [--sparse]
+        [--kind factored] [--table] [--json FILE]
 
 On Ampere, Ada or Hopper: those configurations that fit the GPU, or of them --kernels, sm80 (mma.sync) or sm90 (wgmma). Each product is
 checked against float64 of the same 8-bit activations and 4-bit weights, and then timed as `marlinctl bench` does: CUDA graphs, cold
@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="73728x18432", help="N x K, with commas")
     parser.add_argument("--tokens", default="64,128,256", help="M, with commas")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--kind", nargs="+", choices=tuple(GROUPS), default=tuple(GROUPS), help="of scales")
     parser.add_argument("--replays", type=int, default=10)
     parser.add_argument("--top", type=int, default=2, help="of each kind, how many are printed")
     parser.add_argument("--sparse", action="store_true", help="2:4 weights")
@@ -197,7 +198,7 @@ def main() -> None:
     gpu = Gpu(0)
     document: dict[str, dict[str, float]] = {}
     with gpu.current():
-        tables = SPARSE_TABLES if given.sparse else TABLES
+        tables = {kind: table for kind, table in (SPARSE_TABLES if given.sparse else TABLES).items() if kind in given.kind}
         products = loaded(gpu.device, given.kernels, tables, given.only)
         if not products:
             parser.error(f"no kernel of {', '.join(given.kernels)} fits {gpu.name}, or none is called so")
