@@ -202,6 +202,6 @@ def test_machine_code_of_sparse_factored_weights(case: Case) -> None:
     assert code.count(rf"IGMMA\.SP\.64x{configuration.tokens}x64\.S8\.S8.*") == steps * words, "each of a stage's products, once"
     assert code.count(r"WARPGROUP\.ARRIVE") == steps // configuration.batch, "ptxas has serialized the products, or split a batch"
     assert code.count(r"LDS\.64.*") >= steps * (words // 2), "metadata, two registers at a time"
-    assert code.count(r"UBLKCP\..*") == 2 + (shift >= 0), "weights, metadata and factors, by the copy engine"
+    assert code.count(r"UBLKCP\..*") == 1 + (shift >= 0) and code.count(r"UTMALDG\.3D.*") == 1, "metadata and factors, and a box of weights"
     assert (code.count(r"UTMALDG\.2D\.MULTICAST") > 0) == configuration.paired
     assert code.count(r"MEMBAR\.ALL\.GPU") <= 4, "at the ends of the kernel and of a tile, not where a stage is released"
