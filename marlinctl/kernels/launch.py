@@ -224,9 +224,10 @@ def multiply(
     if configuration.wgmma:
         make_current(function)
         maps, qweight = _mine.maps, weights[0]
+        rows, columns = qweight.shape
         arguments.begin_with(
             maps.of_activations(given, m, k, configuration.tokens // configuration.pair, activations.itemsize),
-            maps.of_weights(qweight.data_ptr(), *qweight.shape, configuration.blocks, configuration.k_step // configuration.tile_k),
+            maps.of_weights(qweight.data_ptr(), rows, columns, configuration.blocks, configuration.k_step // configuration.tile_k),
         )
     enqueue(function, grid.ctas, stream, arguments, overlap=overlap and function.overlaps, cluster=grid.cluster)
 

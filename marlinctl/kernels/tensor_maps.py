@@ -1,4 +1,4 @@
-"""Activations and weights as Hopper's copy engine knows them: maps by address and size, which kernels are given in the place of a pointer."""
+"""Activations and weights as Hopper's copy engine knows them: maps by address and size, which kernels are given in place of pointers."""
 
 from __future__ import annotations
 

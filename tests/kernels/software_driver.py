@@ -115,7 +115,9 @@ class SoftwareDriver:
         return (Status.CUDA_SUCCESS,)
 
     cuuint32_t = cuuint64_t = int
-    CUtensorMapDataType = SimpleNamespace(CU_TENSOR_MAP_DATA_TYPE_UINT16="uint16", CU_TENSOR_MAP_DATA_TYPE_UINT8="uint8", CU_TENSOR_MAP_DATA_TYPE_INT32="int32")
+    CUtensorMapDataType = SimpleNamespace(
+        CU_TENSOR_MAP_DATA_TYPE_UINT16="uint16", CU_TENSOR_MAP_DATA_TYPE_UINT8="uint8", CU_TENSOR_MAP_DATA_TYPE_INT32="int32"
+    )
     CUtensorMapInterleave = SimpleNamespace(CU_TENSOR_MAP_INTERLEAVE_NONE="none")
     CUtensorMapSwizzle = SimpleNamespace(CU_TENSOR_MAP_SWIZZLE_128B="128 bytes", CU_TENSOR_MAP_SWIZZLE_NONE="none")
     CUtensorMapL2promotion = SimpleNamespace(CU_TENSOR_MAP_L2_PROMOTION_L2_128B="128 bytes")
