@@ -313,6 +313,21 @@ def test_any_text_is_a_mapping_or_a_usage_error(text: str) -> None:
     assert all((key,) in places for key in values)
 
 
+def test_what_was_read_before_is_as_it_was_written() -> None:
+    """If this failed, the changes that one recipe makes to the one it extends would reach the next recipe of the same process."""
+    text = "quantize: {skip: [lm_head]}\n"
+    for _ in range(2):
+        values, places = read_yaml(text, "t")
+        assert values == {"quantize": {"skip": ["lm_head"]}} and set(places) == {
+            ("quantize",),
+            ("quantize", "skip"),
+            ("quantize", "skip", "0"),
+        }
+        values["quantize"]["skip"].append("more")
+        places.clear()
+    assert str(read_yaml(text, "other")[1]["quantize",]) == "other:1:1"
+
+
 # The verb
 
 
