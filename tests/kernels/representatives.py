@@ -1,7 +1,7 @@
-"""Which configurations the quick suite builds: one for each way that a kernel's warps share the work. `make slow` has them all.
+"""Which configurations the quick suite builds: those in which each way that a kernel's warps share the work occurs. `make slow` has all.
 
-Those that it stands for differ in sizes alone. Where a compiler's registers matter it is the largest, which spills first; where products
-are computed it is the smallest, which takes the least time. The kernel's other end is built too.
+Where a compiler's registers matter they are the largest, which spill first; where products are computed they are the smallest, which take
+the least time. The kernel's other end is built too.
 """
 
 from __future__ import annotations
@@ -17,9 +17,14 @@ TYPES = (torch.float16, torch.bfloat16)
 
 def representatives(configurations: Sequence[Configuration], *, largest: bool) -> list[Configuration]:
     """In their order. configurations: of one kernel."""
-    by_size = sorted(configurations, key=lambda c: (c.tokens * 4 // c.split, c.columns), reverse=not largest)
-    chosen = {(c.split, c.k_warps, c.scale_weights, c.parts, c.ordered): c for c in by_size}
-    return [c for c in configurations if c in (by_size[0], *chosen.values())]
+    by_size = sorted(configurations, key=lambda c: (c.tokens * 4 // c.split, c.columns), reverse=largest)
+    seen, chosen = set[tuple[str, object]](), [by_size[-1]]
+    for c in by_size:
+        ways = {"split": c.split, "K": c.k_warps > 1, "scales": c.scale_weights, "parts": c.parts, "ordered": c.ordered}
+        if not ways.items() <= seen:
+            seen |= ways.items()
+            chosen.append(c)
+    return [c for c in configurations if c in chosen]
 
 
 def with_types(*kernels: Sequence[Configuration], largest: bool) -> list[tuple[Configuration, torch.dtype]]:

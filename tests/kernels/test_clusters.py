@@ -28,7 +28,13 @@ CLUSTERED = [  # each way in which warps share words and k, of both kinds
 ]
 
 
-@pytest.mark.parametrize(("configuration", "dtype"), CLUSTERED, ids=[f"{c.name}-{str(dtype)[6:]}" for c, dtype in CLUSTERED])
+SLOW = [NAMED[name] for name in ("m32n128k256x5", "m64n512k128x4w", "m16n128k512x4s", "m96n256k128x5ws")]  # their ways occur in the others
+
+
+@pytest.mark.parametrize(
+    ("configuration", "dtype"),
+    [pytest.param(c, dtype, id=f"{c.name}-{str(dtype)[6:]}", marks=pytest.mark.slow if c in SLOW else ()) for c, dtype in CLUSTERED],
+)
 def test_clusters(configuration: Configuration, dtype: torch.dtype, tmp_path: Path) -> None:
     """If this failed, a part that a cluster's CTA shows to the others would be lost, added in another order, or read too early or too late:
     what comes through distributed shared memory has the bits of what comes through L2.

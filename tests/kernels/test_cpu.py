@@ -29,6 +29,7 @@ GATE = 5e-3  # relative error, Frobenius: of bfloat16, as `bench --check` and `v
 CAPABILITIES = ("avx512", "avx2", "default")
 SHAPES = ((64, 128), (80, 96), (8, 192), (200, 256), (321, 1152))  # N, K: tiles and torch's blocks end elsewhere
 GROUP_SIZES = (32, 64, 128, -1)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # by turns
 ROWS = (1, 4, 5, 17, 64, 65, 70)
 
 
@@ -44,12 +45,12 @@ def error(found: Tensor, exact: Tensor) -> float:
 def check_products() -> None:
     """AssertionError names the case. Run by a process of its own for each kind of processor."""
     worst, turn = 0.0, itertools.count()
-    for sparse, (n, k), group_size in itertools.product((False, True), SHAPES, GROUP_SIZES):
+    for number, (sparse, (n, k), group_size) in enumerate(itertools.product((False, True), SHAPES, GROUP_SIZES)):
         if k % (group_size if group_size > 0 else k):
             continue
         p, weight = packed(sparse, n, k, group_size, seed=n + k)
         assert bool((p.scales < 0).any()) and bool((p.scales > 0).any())
-        for m, dtype in itertools.product(ROWS, (torch.bfloat16, torch.float16, torch.float32)):
+        for m, dtype in zip(ROWS, itertools.cycle(DTYPES[number % 3 :] + DTYPES[: number % 3]), strict=False):
             generator = torch.Generator().manual_seed(m)
             x, bias = (torch.randn(size, generator=generator).to(dtype) for size in ((m, k), (n,)))
             given = bias if next(turn) % 2 else None

@@ -14,32 +14,33 @@ from tests.kernels.software_kernel import Launch, build, random_packed
 
 EPSILON = {torch.float16: 2**-11, torch.bfloat16: 2**-8}  # of rounding to the output
 
-KERNELS = with_types(DENSE, SPARSE, DENSE_SM90, SPARSE_SM90, largest=False)
-SLOW = [
-    pytest.param((c, dtype), marks=pytest.mark.slow)
-    for c in (*DENSE, *SPARSE, *DENSE_SM90, *SPARSE_SM90)
-    for dtype in TYPES
-    if (c, dtype) not in KERNELS
-]
-
-
-@pytest.fixture(scope="module", params=[*KERNELS, *SLOW], ids=lambda p: f"{p[0].name}-{str(p[1])[6:]}")
-def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Configuration, torch.dtype, Launch]:
-    configuration, dtype = request.param
-    return configuration, dtype, build(configuration, dtype, tmp_path_factory.mktemp("build") / "csrc")
-
-
 # M, N, K, group size, CTAs: tiles that are not full in any direction, K of odd numbers of 64, runs that begin and end inside of tiles and
-# groups, tiles of many CTAs and CTAs of many tiles, CTAs without work.
-CASES = [(1, 64, 64, -1, 2), (9, 80, 48, -1, 1), (17, 192, 576, -1, 5), (7, 64, 160, 32, 2), (13, 448, 320, 64, 6), (65, 136, 896, 128, 7)]
+# groups, tiles of many CTAs and CTAs of many tiles, CTAs without work. The kernels of the quick suite have one half or the other, by turns.
+CASES = [(1, 64, 64, -1, 2), (7, 64, 160, 32, 2), (9, 80, 48, -1, 1), (13, 448, 320, 64, 6), (17, 192, 576, -1, 5), (65, 136, 896, 128, 7)]
+
+Case = tuple[int, int, int, int, int]
+Built = tuple[Configuration, torch.dtype, Launch, list[Case]]
+QUICK = [(c, dtype, f"half{i % 2}") for i, (c, dtype) in enumerate(with_types(DENSE, SPARSE, DENSE_SM90, SPARSE_SM90, largest=False))]
+SLOW = [(c, dtype, "all") for c in (*DENSE, *SPARSE, *DENSE_SM90, *SPARSE_SM90) for dtype in TYPES]
 
 
-def test_products(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
+@pytest.fixture(
+    scope="module",
+    params=[*QUICK, *(pytest.param(p, marks=pytest.mark.slow) for p in SLOW)],
+    ids=lambda p: f"{p[0].name}-{str(p[1])[6:]}-{p[2]}",
+)
+def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    configuration, dtype, which = request.param
+    cases = {"half0": CASES[::2], "half1": CASES[1::2], "all": CASES}[which]
+    return configuration, dtype, build(configuration, dtype, tmp_path_factory.mktemp("build") / "csrc"), cases
+
+
+def test_products(kernel: Built) -> None:
     """If this failed, the kernel would multiply wrongly: fragments, swizzle, scales, edges, or the way parts of a tile come together."""
-    configuration, dtype, launch = kernel
+    configuration, dtype, launch, cases = kernel
     more_tiles_than_ctas = (5, 2 * configuration.columns + 72, 192, 64, 2)  # a whole one for each, and one that is cut
     whole_ones_in_turn = (2 * configuration.tokens + 1, configuration.columns + 8, 64, 64, 2)  # three for each
-    for m, n, k, group_size, ctas in [*CASES, more_tiles_than_ctas, whole_ones_in_turn]:
+    for m, n, k, group_size, ctas in [*cases, more_tiles_than_ctas, whole_ones_in_turn]:
         generator = torch.Generator().manual_seed(m)
         p, weight = random_packed(configuration, n, k, group_size, seed=m)
         activations = torch.randn(m, k, generator=generator).to(dtype)
@@ -60,18 +61,18 @@ def test_products(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
             assert torch.equal(lazy, eager), f"{case} whole={whole}: the order of CTAs or copies changes the bits"
 
 
-def test_identity_gives_the_weight(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
+def test_identity_gives_the_weight(kernel: Built) -> None:
     """If this failed, some code, scale or column would not be decoded exactly; every one of -8..7 occurs, and scales of both signs."""
-    configuration, dtype, launch = kernel
+    configuration, dtype, launch, _ = kernel
     for group_size in (-1, 32):
         p, weight = random_packed(configuration, 192, 64, group_size, seed=3)
         out = launch(torch.eye(64, dtype=dtype), p, None, [0, 1, 2])
         assert torch.equal(out, weight.T.to(dtype))
 
 
-def test_padding_of_k_is_never_read(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
+def test_padding_of_k_is_never_read(kernel: Built) -> None:
     """If this failed, what lies behind a row of activations would reach the sums: here that is the next row, full of infinities."""
-    configuration, dtype, launch = kernel
+    configuration, dtype, launch, _ = kernel
     p, _ = random_packed(configuration, 64, 48, -1, seed=0)
     activations = torch.ones(2, 48, dtype=dtype)
     activations[1] = torch.inf

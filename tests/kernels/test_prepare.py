@@ -17,7 +17,9 @@ LLAMA = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096
 
 @pytest.mark.parametrize("architecture", ["sm_90a", "sm_80", "sm_86"])
 @pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize(("n", "k"), LLAMA)
+@pytest.mark.parametrize(
+    ("n", "k"), [pytest.param(*shape, marks=[] if shape in (LLAMA[0], LLAMA[-1]) else pytest.mark.slow) for shape in LLAMA]
+)
 def test_choices_are_those_of_every_m(architecture: str, sparse: bool, n: int, k: int) -> None:
     """An M whose kernel is not among them would be compiled by the first request that has it, or stop a capture."""
     for rounding, factored in WAYS:

@@ -83,7 +83,10 @@ def test_the_software_gpu_sees_mistakes(right: str, wrong: str, tmp_path: Path, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "sm_100", "sm_120"])
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(a, marks=() if a in ("sm_80", "sm_90a") else pytest.mark.slow) for a in (*ARCHITECTURES, "sm_100", "sm_120")],
+)
 def test_it_compiles_without_spills(architecture: str) -> None:
     """If this failed, repacking would run at the rate of local memory, or not at all on that GPU."""
     (code,) = disassemble("repack", architecture, [jit.cubin("repack.cu", repack.DEFINES, architecture, CUBINS)])

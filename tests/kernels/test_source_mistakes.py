@@ -54,8 +54,18 @@ MISTAKES = [
     *((SPARSE_SM90[1], *m) for m in HOPPER_SPARSE),
 ]
 
+QUICK = {
+    "waits for too few copies", "no swizzle", "nibbles", "selector", "tokens for outputs", "decodes over what is multiplied",
+    "the scale of another column",
+}  # fmt: skip
 
-@pytest.mark.parametrize(("configuration", "right", "wrong"), [m[:3] for m in MISTAKES], ids=[f"{m[0].kernel}: {m[3]}" for m in MISTAKES])
+
+@pytest.mark.parametrize(
+    ("configuration", "right", "wrong"),
+    [  # those that no other kind of mistake is like
+        pytest.param(*m[:3], id=f"{m[0].kernel}: {m[3]}", marks=() if m[3] in QUICK else pytest.mark.slow) for m in MISTAKES
+    ],
+)
 def test_the_software_gpu_sees_mistakes(tmp_path: Path, configuration: Configuration, right: str, wrong: str) -> None:
     """If this failed, the tests above could not fail."""
     edit, hits = mistake(right, wrong)

@@ -91,7 +91,10 @@ def machine_code(architecture: str) -> dict[tuple[bool, torch.dtype], MachineCod
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "sm_100", "sm_120"])
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(a, marks=[] if a in ("sm_80", "sm_90a") else pytest.mark.slow) for a in (*ARCHITECTURES, "sm_100", "sm_120")],
+)
 @pytest.mark.parametrize(("sparse", "dtype"), KINDS, ids=IDS)
 def test_machine_code(sparse: bool, dtype: torch.dtype, architecture: str) -> None:
     """If this failed, dequantizing would be bound by something else than memory: spills, or reads and writes of fewer bytes."""

@@ -142,7 +142,13 @@ def check_equal(found: Solved, expected: Solved, e: int) -> None:
 
 @pytest.mark.parametrize(
     ("refine", "act_order", "integer"),
-    [(0, "static", False), (2, "static", False), (0, "none", False), (2, "none", False), (2, "static", True)],
+    [
+        pytest.param(0, "static", False, marks=pytest.mark.slow),
+        (2, "static", False),
+        (0, "none", False),
+        pytest.param(2, "none", False, marks=pytest.mark.slow),
+        pytest.param(2, "static", True),
+    ],
 )
 def test_solving_many_is_solving_each(refine: int, act_order: str, integer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If one expert's damping, dead inputs or error came to another one, the report would be wrong and codes with it."""
