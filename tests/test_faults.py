@@ -1,6 +1,7 @@
 """Every fault of tests/faults, as the command line answers it: exit code, three lines, no traceback, nothing published, nothing left.
 
-Each runs in a process of its own; none may hang.
+A process of its own has the first command of each exit code and of each table, and what plays another environment or machine. The others
+are told in this one, through the same main(): what a process adds is the same for all. None may hang.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from marlinctl.cli import main
 from tests import killing
 from tests.checkpoint.test_source import Hub, hub_environment, serving
 from tests.faults.checkpoints import FAULTS, SHARDS
@@ -31,6 +33,14 @@ CODES = [fault.exit_code for fault in FAULTS.values()]
 SHOWN = {name for i, name in enumerate(FAULTS) if i % 8 == 0 or CODES.index(CODES[i]) == i}
 REFUSED = COMMANDS | PACKED | MACHINES
 WORK = WORKS | STILL_WORKS
+
+
+def first_of_each(table: dict[str, Command]) -> set[str]:
+    """The first name of each exit code."""
+    return set({command.exit_code: name for name, command in reversed(table.items())}.values())
+
+
+IN_A_PROCESS = {name for table in (COMMANDS, PACKED, WORKS) for name in first_of_each(table)}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +63,14 @@ def names(root: Path) -> set[str]:
     return {path.relative_to(root).as_posix() for path in root.rglob("*")}
 
 
-def run(command: Command, arguments: list[str], cache: Path) -> Ended:
+def run_here(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> Ended:
+    capfd.readouterr()
+    return Ended(main([*arguments, "-q"]), 0, capfd.readouterr().err)
+
+
+def run(name: str, command: Command, arguments: list[str], cache: Path, capfd: pytest.CaptureFixture[str]) -> Ended:
+    if name not in IN_A_PROCESS and not command.machine and not command.environment:
+        return run_here(arguments, capfd)
     if command.machine and sys.platform != "linux":
         pytest.skip("NVIDIA's compiler comes for Linux alone here")
     environment = {"MARLINCTL_CACHE": str(cache), **command.environment}
@@ -78,7 +95,7 @@ def assert_nothing_left(root: Path, before: set[str]) -> None:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in SHOWN else pytest.mark.slow) for name in FAULTS])
-def test_a_damaged_checkpoint_is_refused(place: Path, name: str) -> None:
+def test_a_damaged_checkpoint_is_refused(place: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     """A damaged model would be quantized, or the person would get a traceback, a hang, or a folder that looks like a result."""
     fault = FAULTS[name]
     shutil.copytree(place / "model", place / "spoilt" / "model")
@@ -86,29 +103,34 @@ def test_a_damaged_checkpoint_is_refused(place: Path, name: str) -> None:
     before = names(place)
     arguments = ["quantize", str(place / "spoilt" / "model"), str(place / "out"), "--calibration", str(place / "text.txt")]
     arguments += ["--samples", "2", "--sequence-length", "32", "--group-size", "32"]  # enough text: it is read before the weights
-    ended = killing.run([*arguments, "--recipe", str(place / "small.yaml"), "-q"])
+    arguments += ["--recipe", str(place / "small.yaml")]
+    first = name == next(other for other, one in FAULTS.items() if one.exit_code == fault.exit_code)
+    ended = killing.run([*arguments, "-q"]) if first else run_here(arguments, capfd)
     assert_told(ended, fault.exit_code, fault.text)
     assert_nothing_left(place, before)
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_command_that_cannot_work_is_refused(place: Path, own_cache: Path, name: str) -> None:
+def test_a_command_that_cannot_work_is_refused(
+    place: Path, own_cache: Path, name: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same for arguments, places, recipes, numbers, texts and the machine, and for damage of what marlinctl published."""
     command: Command = REFUSED[name]
     arguments = command.prepare(place)
     before = names(place)
-    ended = run(command, arguments, own_cache)
+    monkeypatch.chdir(ROOT)
+    ended = run(name, command, arguments, own_cache, capfd)
     assert_told(ended, command.exit_code, command.text)
     assert_nothing_left(place, before)
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", WORK)
-def test_what_looks_wrong_and_is_not_works(place: Path, own_cache: Path, name: str) -> None:
+def test_what_looks_wrong_and_is_not_works(place: Path, own_cache: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     """A check that is too strict turns people away; what was done instead must be in the report, and in the result."""
     command: Command = WORK[name]
-    ended = run(command, command.prepare(place), own_cache)
+    ended = run(name, command, command.prepare(place), own_cache, capfd)
     assert ended.code == 0, ended.told
     report = json.loads((place / "out" / "marlinctl_report.json").read_text())
     assert command.text in json.dumps(report)

@@ -5,9 +5,9 @@
     machines.py      GPUs, drivers and compilers that cannot be used                   F   MACHINES; STILL_WORKS: compressing does
     packed.py        what marlinctl published comes back damaged                       H   PACKED
 
-An entry makes the damage and names the exit code and a text that the error must have. tests/test_faults.py runs every entry of every table
-in a process of its own; the reader's tests ask FAULTS of the preflight as well. The letters are those of the list of faults behind them:
-A arguments and paths, B structure of checkpoints, C contents of tensors, D config and tokenizer, E calibration, F resources and crashes,
-G hub and network, H packed outputs. Crashes and full disks are made by tests/killing.py, the hub's faults by the server in
+An entry makes the damage and names the exit code and a text that the error must have. tests/test_faults.py runs every entry of every table,
+some of them in a process of their own; the reader's tests ask FAULTS of the preflight as well. The letters are those of the list of faults
+behind them: A arguments and paths, B structure of checkpoints, C contents of tensors, D config and tokenizer, E calibration, F resources
+and crashes, G hub and network, H packed outputs. Crashes and full disks are made by tests/killing.py, the hub's faults by the server in
 tests/checkpoint/test_source.py.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import site
 import sys
 import tempfile
@@ -162,6 +163,10 @@ MACHINES: dict[str, Command] = {
 
 def _compressed(root: Path) -> list[str]:
     """All the way to native tiles, which are read before they are published: by a kernel where there is one, else by the emulator."""
+    from tests.tiny import make_tiny
+
+    shutil.rmtree(root / "model")
+    make_tiny(root / "model", hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
     _, model, out, *more = asked(root, "--device", "cpu")
     return ["compress", model, out, *more, "--also", "marlin", "--no-eval"]
 

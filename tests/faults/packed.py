@@ -11,11 +11,13 @@ notice. `verify` fails, and whatever would multiply with these tensors refuses t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from tests.faults.commands import Command, Prepare, asked
 from tests.packed import edit_json, edit_tensors, make_packed, make_sparse_packed, remake_manifest
+from tests.tiny import make_tiny
 
 LAYER = "model.layers.1.mlp.gate_proj"
 SKIPPED = "model.layers.0.self_attn.o_proj"
@@ -36,11 +39,22 @@ Damage = Callable[[Path], object]
 Tensors = dict[str, Tensor]
 
 
+_ROOM = TemporaryDirectory()  # as long as this process lives
+
+
+@functools.cache
+def _sound(fmt: str) -> Path:
+    """Before the damage, the same for all; of the model that test_faults.py has as `good`."""
+    make_tiny(Path(_ROOM.name) / fmt / "good")
+    make = make_sparse_packed if fmt == "marlin_24" else make_packed
+    folder = Path(_ROOM.name) / fmt / "packed"
+    make(folder.parent / "good", folder, fmt, skip=[SKIPPED], overrides={"model.layers.1.mlp.down_proj": 64})
+    return folder
+
+
 def _published(root: Path, fmt: str, damage: Damage, remade: bool) -> Path:
     """root/packed, in one format, with one linear left in 16 bits and one in another group size; then damaged."""
-    folder = root / "packed"
-    make = make_sparse_packed if fmt == "marlin_24" else make_packed
-    make(root / "good", folder, fmt, skip=[SKIPPED], overrides={"model.layers.1.mlp.down_proj": 64})
+    folder = Path(shutil.copytree(_sound(fmt), root / "packed"))
     damage(folder)
     if remade:
         remake_manifest(folder)
