@@ -25,11 +25,14 @@ def write_text(path: Path) -> Path:
 
 
 def recipe(text: Path | str, name: str = "int4", **changes: Any) -> Recipe:
-    """changes: keys of the recipe, with __ for the dot."""
+    """changes: keys of the recipe, with __ for the dot. Masks are refined little: of a tiny model it is most of a run."""
     given = {
         "quantize.group_size": 32, "calibration.source": str(text), "calibration.samples": 8,
         "calibration.sequence_length": 64, "calibration.minimum_tokens": 256,
     }  # fmt: skip
+    sparse = name == "sparse-int4" or changes.get("sparsify__pattern") == "2:4"
+    if sparse and changes.get("sparsify__method", "iterative") == "iterative":
+        given |= {"sparsify.ls_iterations": 4, "sparsify.mask_sweeps": 1}
     return resolve(load_recipe(name), given | {key.replace("__", "."): value for key, value in changes.items()})[0]
 
 

@@ -48,7 +48,7 @@ def block_errors(folder: Path, teacher: Path, ids: torch.Tensor) -> list[float]:
 def test_every_block_gets_nearer_to_the_teachers(place: Path, tmp_path: Path) -> None:
     """A block that was trained on the wrong inputs or targets would report a small error and be further away in the model."""
     keeps = prune(place / "teacher", tmp_path / "again")
-    report = run(place, tmp_path / "out", tokens=40 * 256)
+    report = run(place, tmp_path / "out", tokens=28 * 256)
     text = (place / "text.txt").read_text()
     ids = torch.tensor(load_tokenizer(place / "teacher")(text)["input_ids"][-128:]).reshape(4, 32)  # behind what was trained on
     before, after = (block_errors(folder, place / "teacher", ids) for folder in (place / "student", tmp_path / "out"))

@@ -158,7 +158,7 @@ def test_a_renewed_mask_keeps_the_two_largest(axis: int) -> None:
 # ---- the result ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("student", ["student", "other"])
+@pytest.mark.parametrize("student", [pytest.param("student", marks=pytest.mark.slow), "other"])
 def test_the_result_is_two_of_four(place: Path, tmp_path: Path, student: str) -> None:
     """Whatever the student was, the folder must be exactly 2:4, with the mask that its weights show, and the report must say what moved."""
     report = run(place, tmp_path / "out", student=student, tokens=40 * 256, learning_rate=3e-3)

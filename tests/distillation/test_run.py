@@ -45,6 +45,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def whole(place: Path) -> tuple[Path, dict[str, Any]]:
+    """What run() publishes when nothing is changed, and its report; read only."""
+    return place / "whole", run(place, place / "whole")
+
+
 def run(place: Path, out: Path, *, student: str = "student", resume: bool = False, **changes: Any) -> dict[str, Any]:
     return distill(place / student, out, place / "teacher", recipe(place / "text.txt", **changes), resume=resume)
 
@@ -92,18 +98,22 @@ def test_the_card_names_the_original_on_the_hub(place: Path, tmp_path: Path) -> 
     assert (meta.base_model, meta.base_model_relation, meta.license) == ("org/Tiny-1B", "finetune", "mit")
 
 
-def test_what_is_measured_is_what_is_published(place: Path, tmp_path: Path) -> None:
+def test_what_is_measured_is_what_is_published(place: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """The report's held-out loss must belong to the rounded weights on disk, not to those in memory before rounding."""
-    report = run(place, tmp_path / "out")
-    again = run(place, tmp_path / "more", student=str(tmp_path / "out"))
+    published, report = whole
+    again = run(place, tmp_path / "more", student=str(published))
     assert again["held_out"]["before"] == pytest.approx(report["held_out"]["after"], rel=1e-6)
 
 
-# Each architecture in one mode at once, in the other with `-m slow`.
+# At once: experts that are fused, with routers of other names, biases, tied heads, fused linears, norms that add one. The rest is slow.
+QUICK = {
+    ("mixtral", "scales"), ("qwen3_moe", "full"), ("llama", "full"), ("qwen2", "scales"), ("phi3", "full"), ("gemma3_text", "scales"),
+    ("olmo2", "full"),
+}  # fmt: skip
 TRAINED = [
-    pytest.param(name, mode, marks=() if (i + j) % 2 else pytest.mark.slow)
-    for i, mode in enumerate(("full", "scales"))
-    for j, name in enumerate(sorted(zoo.ZOO))
+    pytest.param(name, mode, marks=() if (name, mode) in QUICK else pytest.mark.slow)
+    for mode in ("full", "scales")
+    for name in sorted(zoo.ZOO)
 ]
 
 
@@ -228,13 +238,13 @@ def test_a_small_cache_still_teaches(place: Path, tmp_path: Path) -> None:
 # ---- the same numbers, however it is run ---------------------------------------------------------------------------------------------
 
 
-def test_two_runs_publish_the_same_bytes(place: Path, tmp_path: Path) -> None:
+def test_two_runs_publish_the_same_bytes(place: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """Anything drawn from a global generator, or dependent on time or place, could not be checked by anybody."""
-    for name in ("one", "two"):
-        torch.manual_seed(len(name))
-        run(place, tmp_path / name)
+    torch.manual_seed(3)
+    torch.rand(5)
+    run(place, tmp_path / "two")
     apart = {"README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html"}
-    for path in (tmp_path / "one").iterdir():
+    for path in whole[0].iterdir():
         if path.name not in apart:
             assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
 
@@ -248,11 +258,10 @@ def test_the_parts_of_a_step_decide_rounding_only(place: Path, tmp_path: Path) -
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
-def test_checkpointing_changes_memory_and_no_number(place: Path, tmp_path: Path) -> None:
+def test_checkpointing_changes_memory_and_no_number(place: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """Activations that are computed again must be the same ones, hidden states included."""
-    run(place, tmp_path / "kept")
     run(place, tmp_path / "again", checkpointing=True)
-    assert_same_tensors(tmp_path / "kept", tmp_path / "again")
+    assert_same_tensors(whole[0], tmp_path / "again")
 
 
 def test_bfloat16_products_train_too(place: Path, tmp_path: Path) -> None:
@@ -385,7 +394,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(place: Path, tmp_path: Path, mo
 def command(place: Path, out: Path, *more: str) -> list[str]:
     return [
         sys.executable, "-m", "marlinctl", "distill", str(place / "student"), str(out), "--teacher", str(place / "teacher"),
-        "--data", str(place / "text.txt"), "--tokens", "12800", "--batch-tokens", "256", "--sequence-length", "32", "--micro-batch", "4",
+        "--data", str(place / "text.txt"), "--tokens", "7680", "--batch-tokens", "256", "--sequence-length", "32", "--micro-batch", "4",
         "--learning-rate", "0.001", "--save-every", "5", "--device", "cpu", "--dtype", "float32", *more,
     ]  # fmt: skip
 
@@ -419,7 +428,7 @@ def test_killed_and_interrupted_processes_go_on(place: Path, tmp_path: Path) -> 
     _, told = stopped.communicate(timeout=120)
     assert stopped.returncode == 143, told
     assert f"to resume: marlinctl resume {out}" in told
-    assert json.loads(state.read_text())["step"] < 50
+    assert json.loads(state.read_text())["step"] < 30
     forked.run(command(place, out, "--resume"), cwd=ROOT, check=True, capture_output=True)
     assert_same_tensors(tmp_path / "whole", out)
 
@@ -431,7 +440,7 @@ def test_ctrl_c_saves_the_current_step(place: Path, tmp_path: Path) -> None:
     _, told = process.communicate(timeout=120)
     assert process.returncode == 130, told
     saved = json.loads((tmp_path / "out.job" / "state.json").read_text())["step"]
-    assert f"state after step {saved} of 50 is saved" in told
+    assert f"state after step {saved} of 30 is saved" in told
     assert not (tmp_path / "out").exists()
 
 

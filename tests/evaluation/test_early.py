@@ -242,7 +242,7 @@ def test_chats_that_the_template_refuses_are_read_as_text_on_demand(here: Path, 
 # ---- a short model -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["sparsify", "compress"])
+@pytest.mark.parametrize("verb", [pytest.param("sparsify", marks=pytest.mark.slow), "compress"])
 def test_a_model_of_few_positions_is_measured_in_windows_that_it_can_read(
     verb: str, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from marlinctl.cli import main
-from tests.oneshot.stopping import SIZES, quantize
+from tests.oneshot.stopping import SIZES, Stopped, quantize
 from tests.runs import TEXT
 from tests.tiny import make_tiny
 
@@ -22,3 +22,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "whole").mkdir()
     assert main(quantize(root, root / "whole" / "out")) == 0
     return root
+
+
+@pytest.fixture(scope="module")
+def stopped(place: Path) -> Stopped:
+    """The same command, stopped where the test says."""
+    return Stopped(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,21 @@ def stop_in(monkeypatch: pytest.MonkeyPatch, index: int, arguments: list[str], e
     with monkeypatch.context() as patch:
         patch.setattr(SequentialPipeline, "run_block", stopping)
         return main(arguments)
+
+
+class Stopped:
+    """Runs of one command that stopped when a block began, each computed once and copied: a job may be moved."""
+
+    def __init__(self, root: Path, *more: str) -> None:
+        self.root, self.more = root, more
+
+    def __call__(self, index: int, out: Path) -> None:
+        folder = self.root / f"stopped in {index}{' '.join(self.more)}"
+        if not folder.exists():
+            folder.mkdir()
+            with pytest.MonkeyPatch.context() as patch:
+                assert stop_in(patch, index, quantize(self.root, folder / out.name, *self.more)) == 130
+        shutil.copytree(folder, out.parent, dirs_exist_ok=True)
 
 
 def blocks_solved(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> tuple[int, list[int]]:

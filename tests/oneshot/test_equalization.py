@@ -77,9 +77,9 @@ def undone(tensors: dict[str, Tensor], folded: dict[str, Tensor]) -> dict[str, T
     ("model_type", "drift", "behind"),
     [
         ("llama", 0.0, {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}),
-        ("qwen2", 0.5, {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}),
+        pytest.param("qwen2", 0.5, {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}, marks=pytest.mark.slow),
         ("phi3", 0.5, {"qkv_proj", "gate_up_proj"}),
-        ("gpt_neox", 0.0, {"query_key_value", "dense_h_to_4h"}),
+        pytest.param("gpt_neox", 0.0, {"query_key_value", "dense_h_to_4h"}, marks=pytest.mark.slow),
         ("phi", 0.5, {"q_proj", "k_proj", "v_proj", "fc1"}),  # one norm in front of both branches
         ("qwen3_moe", 0.0, {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}),  # of its dense block: a router reads the others
     ],

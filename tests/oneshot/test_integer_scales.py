@@ -53,9 +53,9 @@ REFINED: dict[str, Any] = {"quantize__refine": 2, "quantize__drift_correction": 
     ("changes", "dtype"),
     [
         ({}, torch.bfloat16),
-        (REFINED, torch.float16),
+        pytest.param(REFINED, torch.float16, marks=pytest.mark.slow),
         (REFINED, torch.bfloat16),
-        ({"sparsify__pattern": "2:4"}, torch.bfloat16),
+        pytest.param({"sparsify__pattern": "2:4"}, torch.bfloat16, marks=pytest.mark.slow),
         ({"sparsify__pattern": "2:4", "sparsify__method": "sparsegpt"}, torch.float16),
         ({"quantize__scale_sign": "positive"}, torch.float16),
     ],

@@ -53,7 +53,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     (root / "sparse.yaml").write_text(f"extends: sparse-int4\n{sparse}calibration: {{minimum_tokens: 32}}\ndistill: {{tokens: 0}}\n")
     short = "calibration: {minimum_tokens: 32}\n"
     training = f"tokens: 1024, data: {root}/text.txt, sequence_length: 32, batch_tokens: 256, micro_batch: 4, save_every: 2"
-    (root / "trained.yaml").write_text(f"extends: sparse-int4\nsparsify: {{ls_iterations: 8}}\n{short}distill: {{{training}}}\n")
+    solves = "sparsify: {ls_iterations: 8}\nquantize: {refine: 0, tune_steps: 4}\n"
+    (root / "trained.yaml").write_text(f"extends: sparse-int4\n{solves}{short}distill: {{{training}}}\n")
     return Place(root)
 
 
@@ -93,7 +94,10 @@ def rows_apart(ours: Path, theirs: Path) -> tuple[int, int]:
     return apart, total
 
 
-@pytest.mark.parametrize(("count", "verb", "recipe"), [(2, "quantize", "int4"), (3, "quantize", "int4"), (2, "sparsify", "sparse")])
+@pytest.mark.parametrize(
+    ("count", "verb", "recipe"),
+    [(2, "quantize", "int4"), pytest.param(3, "quantize", "int4", marks=pytest.mark.slow), (2, "sparsify", "sparse")],
+)
 def test_the_result_is_that_of_one_process(place: Place, tmp_path: Path, count: int, verb: str, recipe: str) -> None:
     """If samples, sums or rows were spread wrongly, several GPUs would make another model than one. Seven samples divide by neither."""
     more = ["--bits", "4", "--no-eval"] if verb == "sparsify" else []
@@ -136,7 +140,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("verb", ["quantize", "compress"])
+@pytest.mark.parametrize("verb", [pytest.param("quantize", marks=pytest.mark.slow), "compress"])
 def test_the_main_process_decides_what_auto_is(place: Place, tmp_path: Path, verb: str) -> None:
     """If each asked the hub, one that it does not answer would write the text itself while the others read it."""
     arguments = place.command(verb, tmp_path / "out", "--json", *(["--no-eval"] if verb == "compress" else []))
@@ -211,7 +215,7 @@ def alone(place: Place) -> Path:
     return place.root / "alone"
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (3, 2)])
+@pytest.mark.parametrize(("first", "then"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow), (3, 2)])
 def test_a_job_goes_on_with_another_number_of_processes(place: Place, tmp_path: Path, alone: Path, first: int, then: int) -> None:
     """What is kept is of all samples, whoever kept it: else a machine with other GPUs could not finish a job."""
     jobs = begin(place, tmp_path, first, 0.5)

@@ -21,7 +21,7 @@ from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.planning.memory import CHUNK_TOKENS
 from tests import forked
 from tests.jobs.test_kill import published
-from tests.oneshot.stopping import ASKED, PROGRAM, blocks_solved, lines_of, quantize, stop_in
+from tests.oneshot.stopping import ASKED, PROGRAM, Stopped, blocks_solved, lines_of, quantize, stop_in
 from tests.test_architecture import ROOT
 
 # ---- signals -------------------------------------------------------------------------------------------------------------------------
@@ -113,12 +113,12 @@ def test_a_job_that_was_moved_goes_on(place: Path, tmp_path: Path, monkeypatch: 
     ],
 )
 def test_what_is_damaged_is_solved_again(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str, solved: list[int], said: str,
+    place: Path, stopped: Stopped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str, solved: list[int], said: str,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """One flipped bit in a finished block would be published, or would make the whole job worthless."""
     out = tmp_path / "out"
-    assert stop_in(monkeypatch, 3, quantize(place, out)) == 130
+    stopped(3, out)
     path = tmp_path / "out.job" / damaged
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -137,11 +137,11 @@ def test_what_is_damaged_is_solved_again(
     ],
 )
 def test_a_line_that_was_changed_is_no_line(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, change: Any, ends: tuple[int, list[int]]
+    place: Path, stopped: Stopped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, change: Any, ends: tuple[int, list[int]]
 ) -> None:
     """Broken: a journal that somebody edited, or that a disk damaged, ends in a KeyError."""
     out = tmp_path / "out"
-    assert stop_in(monkeypatch, 3, quantize(place, out)) == 130
+    stopped(3, out)
     lines = lines_of(out)
     change(lines[number])
     (tmp_path / "out.job" / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -159,11 +159,11 @@ def test_a_line_that_was_changed_is_no_line(
     ],
 )
 def test_a_block_that_is_noted_in_another_form_is_solved_again(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str
+    place: Path, stopped: Stopped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str
 ) -> None:
     """A journal that was edited, or damaged so that it is JSON all the same, ended in a traceback after all blocks."""
     out = tmp_path / "out"
-    assert stop_in(monkeypatch, 3, quantize(place, out)) == 130
+    stopped(3, out)
     journal = tmp_path / "out.job" / "journal.jsonl"
     *lines, last = journal.read_text().splitlines(keepends=True)
     assert '"index":2' in last and before in last
@@ -184,6 +184,7 @@ def test_a_block_that_is_noted_in_another_form_is_solved_again(
 )
 def test_a_request_of_another_form_is_refused(
     place: Path,
+    stopped: Stopped,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -193,7 +194,7 @@ def test_a_request_of_another_form_is_refused(
 ) -> None:
     """A job.json of another version, or edited by hand, ended as "this is a defect of marlinctl"."""
     out = tmp_path / "out"
-    assert stop_in(monkeypatch, 1, quantize(place, out)) == 130
+    stopped(1, out)
     request = tmp_path / "out.job" / "job.json"
     document = json.loads(request.read_text())
     inner = document
@@ -312,12 +313,12 @@ def test_memory_that_runs_out_costs_nothing_that_was_finished(place: Path, tmp_p
     [("--from-block", 2, [2, 3]), ("--redo-from", 2, [2, 3]), ("--from-block", 1, [1, 2, 3]), ("--from-block", 0, [0, 1, 2, 3])],
 )
 def test_blocks_are_solved_again_on_demand(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, back_to: int, solved: list[int],
+    place: Path, stopped: Stopped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, back_to: int, solved: list[int],
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """--from-block would keep what it must drop, or start from hidden states of another block."""
     out = tmp_path / "out"
-    assert stop_in(monkeypatch, 3, quantize(place, out)) == 130
+    stopped(3, out)
     capfd.readouterr()
     assert blocks_solved(monkeypatch, ["resume", str(out), flag, str(back_to)]) == (0, solved)
     told = capfd.readouterr().err

@@ -91,7 +91,7 @@ def test_transformers_computes_what_we_evaluate(kind: str, tmp_path: Path, text:
                 assert apart(exact, out) > 1e-3, "the client rounds, so that this test can fail"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind in ("both", "all int8") else pytest.mark.slow) for kind in KINDS])
 def test_every_reader_knows_such_a_folder(kind: str, tmp_path: Path, text: Path) -> None:
     """If inspect, verify or pack took int8 weights for 16-bit ones or packed words, they would say something false of a good folder."""
     source = zoo.build("llama", tmp_path / "model", dtype=torch.bfloat16)

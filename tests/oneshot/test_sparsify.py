@@ -262,8 +262,8 @@ def test_compress_goes_all_the_way_to_sparse_tiles(tmp_path: Path, text: Path, d
     source, out = tiny(tmp_path / "tiny"), tmp_path / "out"
     mine = tmp_path / "mine.yaml"
     mine.write_text(
-        "extends: sparse-int4\nquantize: {group_size: 32}\nevaluate: {tokens: 512, window: 128}\n"
-        "calibration: {minimum_tokens: 256, samples: 8, sequence_length: 64}\n"
+        "extends: sparse-int4\nquantize: {group_size: 32}\nevaluate: {tokens: 256, window: 128}\n"
+        "calibration: {minimum_tokens: 256, samples: 8, sequence_length: 64}\nsparsify: {ls_iterations: 4, mask_sweeps: 1}\n"
         "distill: {sequence_length: 32, batch_tokens: 128, micro_batch: 2, learning_rate: 0.01}\n"
     )
     given = ["--recipe", str(mine), "--calibration", str(text), "--dtype", "float32", "--json"]

@@ -26,7 +26,7 @@ from marlinctl.quantize.types import Hessian
 from marlinctl.system.offload import Scratch
 from tests import zoo
 from tests.jobs.test_kill import published
-from tests.oneshot.stopping import SIZES, blocks_solved, lines_of, quantize, stop_in
+from tests.oneshot.stopping import SIZES, Stopped, blocks_solved, lines_of, quantize, stop_in
 from tests.oneshot.test_ranks import Place, run
 from tests.oneshot.test_ranks import place as place  # several processes
 from tests.oneshot.test_sequential import LENGTH, SAMPLES, tokens
@@ -233,6 +233,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+@pytest.fixture(scope="module")
+def stopped(root: Path) -> Stopped:
+    """The command with weights, stopped where the test says."""
+    return Stopped(root, *WEIGHTED)
+
+
 def tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
@@ -261,10 +267,10 @@ def test_weights_of_one_are_no_weights(root: Path, tmp_path: Path, monkeypatch: 
     assert ones.keys() == none.keys() and all(torch.equal(ones[name], none[name]) for name in ones)
 
 
-def test_a_resumed_run_takes_the_weights_of_before(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_takes_the_weights_of_before(root: Path, stopped: Stopped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On another machine gradients differ in their last bits, and blocks of two sets of weights would be mixed."""
     out = tmp_path / "out"
-    assert stop_in(monkeypatch, 2, quantize(root, out, *WEIGHTED)) == 130
+    stopped(2, out)
     assert [line["step"] for line in lines_of(out)] == ["begun", "token weights", "block", "block"]
 
     def again(*_: Any, **__: Any) -> None:
@@ -309,11 +315,16 @@ def no_line(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink, no_line])
 def test_blocks_do_not_outlive_their_weights(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], damage: Callable[[Path], Any]
+    root: Path,
+    stopped: Stopped,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    damage: Callable[[Path], Any],
 ) -> None:
     """One flipped bit would give the rest of the blocks other weights than the first; a missing file would end in a traceback."""
     out = tmp_path / "out"
-    assert stop_in(monkeypatch, 3, quantize(root, out, *WEIGHTED)) == 130
+    stopped(3, out)
     damage(tmp_path / "out.job" / "token_weights.safetensors")
     assert blocks_solved(monkeypatch, ["resume", str(out)]) == (0, [0, 1, 2, 3])
     assert "token weights of the job are damaged or missing" in capfd.readouterr().err
@@ -322,20 +333,20 @@ def test_blocks_do_not_outlive_their_weights(
 
 @pytest.mark.parametrize(("damaged", "solved"), [("staged/model-00003.safetensors", [2, 3]), ("states/00003.safetensors", [3])])
 def test_damaged_blocks_behind_weights_are_found(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str, solved: list[int]
+    root: Path, stopped: Stopped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str, solved: list[int]
 ) -> None:
     """Lines of blocks begin one line later than without weights: counted wrongly, a good block is dropped or a bad one kept."""
     out = tmp_path / "out"
-    assert stop_in(monkeypatch, 3, quantize(root, out, *WEIGHTED)) == 130
+    stopped(3, out)
     flip(tmp_path / "out.job" / damaged)
     assert blocks_solved(monkeypatch, ["resume", str(out), "-q"]) == (0, solved)
     assert published(tmp_path) == published(root / "whole")
 
 
-def test_blocks_that_are_solved_again_on_request(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_that_are_solved_again_on_request(root: Path, stopped: Stopped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--from-block 1 would solve block 0 or only block 2."""
     out = tmp_path / "out"
-    assert stop_in(monkeypatch, 3, quantize(root, out, *WEIGHTED)) == 130
+    stopped(3, out)
     assert blocks_solved(monkeypatch, ["resume", str(out), "--from-block", "1", "-q"]) == (0, [1, 2, 3])
     assert published(tmp_path) == published(root / "whole")
 
