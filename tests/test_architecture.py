@@ -10,6 +10,7 @@ What `--help` loads imports nothing heavy. A failure names file and line.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -52,6 +53,12 @@ def module_name(path: Path, root: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    """What several tests walk through."""
+    return ast.parse(path.read_text("utf-8"), str(path))
+
+
 def imports_of(path: Path, root: Path = ROOT) -> Iterator[Import]:
     """Every import statement of one file."""
     importer = module_name(path, root)
@@ -71,9 +78,10 @@ def imports_of(path: Path, root: Path = ROOT) -> Iterator[Import]:
                     yield Import(str(path.relative_to(root)), child.lineno, importer, f"{base.strip('.')}.{alias.name}", runs)
             yield from walk(child, runs)
 
-    yield from walk(ast.parse(path.read_text("utf-8"), str(path)), True)
+    yield from walk(tree_of(path), True)
 
 
+@functools.cache
 def all_imports(root: Path = ROOT) -> list[Import]:
     return [found for path in sorted((root / "marlinctl").rglob("*.py")) for found in imports_of(path, root)]
 
@@ -269,7 +277,7 @@ def names_of_formats(root: Path) -> list[str]:
     for path in sorted((root / "marlinctl").rglob("*.py")):
         place = str(path.relative_to(root / "marlinctl"))
         if not place.startswith(MAY_NAME_FORMATS):
-            constants = (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Constant))
+            constants = (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Constant))
             found += [f"{place}:{node.lineno}: {node.value!r}" for node in constants if node.value in FORMAT_NAMES]
     return found
 
@@ -294,7 +302,7 @@ def writers_that_follow_links(root: Path) -> list[str]:
     found = []
     for path in sorted((root / "marlinctl").rglob("*.py")):
         place = str(path.relative_to(root / "marlinctl"))
-        calls = (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call))
+        calls = (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call))
         if not place.startswith(MAY_OPEN_FOR_WRITING):
             found += [f"{place}:{call.lineno}: {ast.unparse(call.func)}" for call in calls if _follows_links(call)]
     return found
@@ -351,7 +359,10 @@ def test_kernels_is_a_namespace_package() -> None:
     assert without == {Path("kernels")}, "every other package has an __init__.py"
 
 
-@pytest.mark.parametrize("with_stub", [True, False], ids=["kernels installed", "kernels missing"])
+# Without the package, every test that loads a model finds out: pytest has the root of the repository on its path.
+@pytest.mark.parametrize(
+    "with_stub", [pytest.param(True, id="kernels installed"), pytest.param(False, id="kernels missing", marks=pytest.mark.slow)]
+)
 def test_transformers_works_from_the_repository_root(with_stub: bool, tmp_path: Path) -> None:
     """From the root, `import kernels` must find Hugging Face's distribution, not our folder of the same name."""
     if with_stub:

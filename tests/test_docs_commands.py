@@ -63,6 +63,7 @@ REASONS = {
 }
 SMALL = """
 extends: {name}
+sparsify: {{ls_iterations: 4, mask_sweeps: 1}}
 calibration: {{samples: 8, sequence_length: 64, minimum_tokens: 256}}
 evaluate: {{tokens: 128, window: 32}}
 distill: {{sequence_length: 16, batch_tokens: 32, micro_batch: 2}}
@@ -187,13 +188,15 @@ def once() -> list[Shown]:
 
 
 def traits(item: Shown) -> set[tuple[str, str]]:
-    """What a run of this command would show of its verb: options, words of a choice, kinds of models, and that it runs without options."""
+    """What a run of this command would show: of its verb that it runs, words of a choice, and kinds of models; and each option, which verbs
+    that have it take from one table. That each verb has it, the test of all lines sees.
+    """
     parts = arguments(item)
     verb = " ".join(parts[:2]) if parts[0] in ("recipes", "completion") else parts[0]
     options = {word for word in parts[1:] if word.startswith("-")}
     choices = {"ct", "gptq", "marlin", "marlin_24", "dense", "sparse-int4", "wanda", "scales"} & set(parts)
     kinds = set(models(parts).values()) if verb in (*READS_PACKED, "eval", "plan") else set[str]()
-    return {(verb, trait) for trait in (options or {"no option"}) | choices | kinds}
+    return {(verb, trait) for trait in {"runs"} | choices | kinds} | {("any", option) for option in options}
 
 
 def split() -> tuple[list[Shown], list[Shown]]:

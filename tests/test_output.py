@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import click
@@ -26,6 +26,7 @@ from marlinctl.models.architectures import Block
 from marlinctl.oneshot.gram import SolveStage
 from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.system.console import SCHEMA_VERSION
+from tests.blank import blank_pictures
 from tests.runs import TEXT
 from tests.tiny import make_tiny
 
@@ -65,6 +66,13 @@ def commands() -> Iterator[tuple[str, click.Command]]:
                 yield from ((f"{verb} {name}", leaf) for name, leaf in command.commands.items())
             else:
                 yield verb, command
+
+
+@pytest.fixture(autouse=True)
+def drawn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Pictures where `report` is called, so that what a library says of them is heard; elsewhere they only take time."""
+    with nullcontext() if "[report]" in request.node.name else blank_pictures():
+        yield
 
 
 @pytest.fixture(scope="module")

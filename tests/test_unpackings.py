@@ -28,16 +28,20 @@ def unpackings(monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: str) -> di
             return real(*given)
 
         monkeypatch.setattr(module, name, counting)
-    small = ["--samples", "80", "--sequence-length", "64", "--group-size", "32", "--dtype", "float32", "--no-eval", "-q"]
-    assert main(["compress", str(folder / "model"), str(folder / "out"), "--calibration", str(folder / "text.txt"), *small, *flags]) == 0
+    solves = "quantize: {refine: 0, tune_steps: 0}\nsparsify: {ls_iterations: 2, mask_sweeps: 1}\n"
+    for name, text in (("int4", ""), ("sparse-int4", solves)):
+        (folder / f"{name}.yaml").write_text(f"extends: {name}\n{text}calibration: {{minimum_tokens: 256}}\n")
+    small = ["--samples", "8", "--sequence-length", "64", "--group-size", "32", "--dtype", "float32", "--no-eval", "-q"]
+    asked = [flag.replace("FOLDER", str(folder)) for flag in flags]
+    assert main(["compress", str(folder / "model"), str(folder / "out"), "--calibration", str(folder / "text.txt"), *small, *asked]) == 0
     return {name: count / LINEARS for name, count in seen.items()}
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--also", "marlin"], {"unpack_ct": 5, "unpack_marlin": 3}),
-        (["--recipe", "sparse-int4"], {"unpack_ct": 6, "unpack_sparse_marlin": 3}),
+        (["--recipe", "FOLDER/int4.yaml", "--also", "marlin"], {"unpack_ct": 5, "unpack_marlin": 3}),
+        (["--recipe", "FOLDER/sparse-int4.yaml"], {"unpack_ct": 6, "unpack_sparse_marlin": 3}),
     ],
     ids=["dense", "2:4"],
 )

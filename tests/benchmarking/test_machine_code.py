@@ -27,8 +27,15 @@ def usage(cubin: Path) -> dict[str, int]:
 
 
 @on_linux
-@pytest.mark.parametrize(("configuration", "architecture"), [(DENSE[0], "sm_80"), (SPARSE[4], "sm_90a")], ids=["dense", "sparse"])
-@pytest.mark.parametrize("tight", [False, True], ids=["as built", "with a spill"])
+@pytest.mark.parametrize(
+    ("configuration", "architecture", "tight"),
+    [
+        pytest.param(DENSE[0], "sm_80", False, id="dense, as built"),
+        pytest.param(DENSE[0], "sm_80", True, id="dense, with a spill"),
+        pytest.param(SPARSE[4], "sm_90a", False, id="sparse, as built", marks=pytest.mark.slow),
+        pytest.param(SPARSE[4], "sm_90a", True, id="sparse, with a spill", marks=pytest.mark.slow),
+    ],
+)
 def test_the_header_says_what_cuobjdump_says(tmp_path: Path, configuration: object, architecture: str, tight: bool) -> None:
     """If this failed, `bench --build` would print registers that are not there, or hide a spill."""
     assert isinstance(configuration, type(DENSE[0]))

@@ -328,14 +328,13 @@ def test_files_of_somebody_else_are_not_replaced(tmp_path: Path, capsys: pytest.
         assert code == 2 and "explain E224" in err, name
         assert len(list((tmp_path / name).iterdir())) == 1
     assert (tmp_path / "a" / "bench.json").read_text() == '{"kind": "mine"}'
-    for _ in range(2):  # what it wrote itself may be replaced
-        code, _, err = run_main(capsys, "--from", str(document), "--out", str(tmp_path / "d"))
-        assert code == 0, err
+    code, _, err = run_main(capsys, "--from", str(document), "--out", str(tmp_path / "d"))
+    assert code == 0, err
     secret = tmp_path / "secret"
     secret.write_text("mine")
     (tmp_path / "d" / "speedup-llama3-8b.png").unlink()
     (tmp_path / "d" / "speedup-llama3-8b.png").symlink_to(secret)
-    assert run_main(capsys, "--from", str(document), "--out", str(tmp_path / "d"))[0] == 0
+    assert run_main(capsys, "--from", str(document), "--out", str(tmp_path / "d"))[0] == 0, "what it wrote itself may be replaced"
     assert secret.read_text() == "mine"
 
 

@@ -183,7 +183,9 @@ def test_largest_operands_are_finite() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
-@pytest.mark.parametrize("form", benchmark.FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=() if form in ("signed", "int8") else pytest.mark.slow) for form in benchmark.FORMS]
+)
 def test_products_of_every_loop_are_under_way_together(form: str) -> None:
     """If this failed, a loop would be measured that spills, or in which ptxas waits after each wgmma: it only notes that in its log."""
     wanted = {(k.decoded, k.temporaries): k for k in benchmark.kernels() if k.form == form and k.tokens in (64, 128) and not k.check}

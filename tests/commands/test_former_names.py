@@ -28,7 +28,7 @@ REPORTS = ("marlinctl_report.json", "marlinctl_report.html", "marlinctl_report.m
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and one recipe under today's names and under the former ones."""
     folder = tmp_path_factory.mktemp("names")
-    make_tiny(folder / "model")
+    make_tiny(folder / "model", hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1)
     (folder / "text.txt").write_text(TEXT)
     small = SMALL.replace("TEXT", str(folder / "text.txt"))
     (folder / "plain.yaml").write_text("name: mine\n" + small)

@@ -61,6 +61,8 @@ def tensor_bytes(folder: Path) -> int:
                 "quantize__refine": 0,
                 "quantize__drift_correction": 0.0,
                 "quantize__tune_steps": 0,
+                "sparsify__ls_iterations": 2,
+                "sparsify__mask_sweeps": 1,
             },
         ),
     ],

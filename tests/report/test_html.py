@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -42,6 +43,12 @@ class Outline(HTMLParser):
             self.text += data
 
 
+@functools.cache
+def ours() -> str:
+    """The page of a compression, with everything that it may have."""
+    return html.render(compression.page(documents.report(), documents.folder()))
+
+
 def hostile_everywhere() -> Page:
     """The same bad text at every place that a page has."""
     bad = documents.HOSTILE[0] + documents.HOSTILE[1] + documents.HOSTILE[4] + documents.HOSTILE[7]
@@ -79,17 +86,17 @@ def test_text_of_strangers_stays_text(place: str) -> None:
         assert documents.HOSTILE[0] in outline.text or documents.HOSTILE[1] in outline.text
 
 
-OURS: dict[str, Callable[[], Page]] = {
-    "compress": lambda: compression.page(documents.report(), documents.folder()),
-    "distill": lambda: training.page(documents.training(), documents.folder("dense")),
-    "blockwise": lambda: training.page(documents.training("blockwise"), documents.folder("dense")),
+OURS: dict[str, Callable[[], str]] = {
+    "compress": ours,
+    "distill": lambda: html.render(training.page(documents.training(), documents.folder("dense"))),
+    "blockwise": lambda: html.render(training.page(documents.training("blockwise"), documents.folder("dense"))),
 }
 
 
 @pytest.mark.parametrize("kind", OURS)
 def test_a_page_needs_nothing_else(kind: str) -> None:
     """A report that is mailed to somebody would lose its pictures, or tell a server who reads it."""
-    text = html.render(OURS[kind]())
+    text = OURS[kind]()
     outline = Outline(text)
     for _, attributes in outline.tags:
         for key in ("src", "href", "xlink:href", "srcset", "action"):
@@ -101,7 +108,7 @@ def test_a_page_needs_nothing_else(kind: str) -> None:
 
 def test_ids_are_unique_and_every_reference_finds_one() -> None:
     """Two pictures with equal ids show each other's markers and clips."""
-    text = html.render(compression.page(documents.report(), documents.folder()))
+    text = ours()
     ids = [attributes["id"] for _, attributes in Outline(text).tags if "id" in attributes]
     assert len(ids) == len(set(ids)) > 100
     references = set(re.findall(r"(?:xlink:href=\"|url\()#([^\")]+)", text))
@@ -110,7 +117,7 @@ def test_ids_are_unique_and_every_reference_finds_one() -> None:
 
 def test_everything_that_was_measured_is_on_the_page() -> None:
     """A section that silently stays away is worse than none at all."""
-    text = Outline(html.render(compression.page(documents.report(), documents.folder()))).text
+    text = Outline(ours()).text
     for wanted in (
         "org/Model-1B", "24 linears quantized", "1.0 MB", "3.00 times smaller", "4.27",  # 4 bits + 16 / 64, and 32 bytes of shape
         "diagonal Hessian", "3 inputs were zero", "nothing but zeros: <b>model.layers.2</b>",
@@ -157,7 +164,11 @@ def test_the_bits_are_those_of_the_format() -> None:
 ODD = (0.0, -0.0, float("nan"), float("inf"), -1.0, 1e-300, 1e300, None)
 
 
-@pytest.mark.parametrize("odd", [pytest.param(odd, marks=pytest.mark.slow if odd in (-1.0, 1e-300) else ()) for odd in ODD], ids=str)
+@pytest.mark.parametrize(
+    "odd",
+    [pytest.param(odd, marks=pytest.mark.slow if odd in (-1.0, 1e-300) or str(odd) in ("-0.0", "inf") else ()) for odd in ODD],
+    ids=str,
+)
 def test_no_figure_stops_the_page(odd: float | None) -> None:
     """The page is made after hours of work: a figure that nobody foresaw must not be their end."""
     names = ["model.layers.0.q", "model.layers.999999999999999999.q", "lm_head", "model.layers.3.experts.7.up_proj", ""]

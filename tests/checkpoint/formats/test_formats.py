@@ -66,8 +66,6 @@ def client_error(folder: Path) -> float:
 
 def test_detect_needs_no_torch(source: Path) -> None:
     """`inspect` and `--help` would take seconds if telling a format imported torch."""
-    import subprocess
-    import sys
 
     program = (
         "import sys\nfrom marlinctl.checkpoint import writer\nfrom marlinctl.checkpoint.formats import registry as formats\n"
@@ -685,22 +683,6 @@ def test_gptq_exceptions_become_dynamic_rules_that_reach_fused_linears() -> None
         assert rule(f"model.layers.1.self_attn.{last}") == 32
         assert rule(f"model.layers.2.self_attn.{last}") == "skip"
         assert rule(f"model.layers.11.self_attn.{last}") is None
-
-
-def test_native_folders_make_plain_transformers_stop(source: Path, tmp_path: Path) -> None:
-    """transformers only warns about an unknown quant_method and fills the layers with random numbers; without a model file it stops."""
-    make_packed(source, tmp_path / "marlin", "marlin")
-    make_sparse_packed(source, tmp_path / "marlin_24", "marlin_24")
-    program = (
-        "import sys\nfrom transformers import AutoModelForCausalLM as M\n"
-        "for folder in sys.argv[1:]:\n    try:\n        M.from_pretrained(folder)\n    except OSError as error:\n        print(error)\n"
-        "assert 'marlinctl' not in sys.modules"
-    )
-    folders = [str(tmp_path / name) for name in ("marlin", "marlin_24")]
-    for folder in folders:
-        assert json.loads((Path(folder) / "config.json").read_text())["quantization_config"]["format_version"] == 1
-    plain = subprocess.run([sys.executable, "-c", program, *folders], capture_output=True, text=True, timeout=120, check=True)
-    assert plain.stdout.count("model.safetensors") >= 2 and all(folder in plain.stdout for folder in folders)
 
 
 @pytest.mark.parametrize("fmt", ["ct", "gptq", "marlin", "marlin_24"])
