@@ -312,7 +312,13 @@ def test_gemma3_image_token_is_known(tmp_path: Path) -> None:
 # ---- hostile bytes -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("filling", [b"\0", b" ", b"{", b'"', b"[", b'{"a":"', b'{"__metadata__":{"a":"', b'{"__metadata__":{"a":"\\n'])
+@pytest.mark.parametrize(
+    "filling",
+    [
+        *(b"\0", b"[", b'{"a":"', b'{"__metadata__":{"a":"\\n'),
+        *(pytest.param(filling, marks=pytest.mark.slow) for filling in (b" ", b"{", b'"', b'{"__metadata__":{"a":"')),
+    ],
+)
 def test_a_hostile_header_costs_little(tmp_path: Path, filling: bytes) -> None:
     """A header of 99 MB that describes nothing would cost gigabytes or minutes."""
     length = 99_000_000
@@ -337,14 +343,14 @@ def test_a_hostile_header_costs_little(tmp_path: Path, filling: bytes) -> None:
     assert seconds < 5  # under tracemalloc and on a busy machine; alone it is below 0.5
 
 
-def test_a_hundred_thousand_tensors_are_quick(tmp_path: Path) -> None:
+def test_fifty_thousand_tensors_are_quick(tmp_path: Path) -> None:
     """The entry by entry scan would be too slow for the largest real checkpoints."""
-    header = {f"model.layers.{i}.weight": {"dtype": "F16", "shape": [1], "data_offsets": [2 * i, 2 * i + 2]} for i in range(100_000)}
-    write_shard(tmp_path / "model.safetensors", header, bytes(200_000))
+    header = {f"model.layers.{i}.weight": {"dtype": "F16", "shape": [1], "data_offsets": [2 * i, 2 * i + 2]} for i in range(50_000)}
+    write_shard(tmp_path / "model.safetensors", header, bytes(100_000))
     started = time.process_time()
     tensors, problems = read_header(tmp_path, "model.safetensors")
-    assert len(tensors) == 100_000 and not problems
-    assert time.process_time() - started < 10  # alone it takes about 1.5 s
+    assert len(tensors) == 50_000 and not problems
+    assert time.process_time() - started < 5  # alone it takes about 0.7 s
 
 
 json_values = st.recursive(

@@ -30,7 +30,7 @@ def test_it_is_the_matrix_of_its_formula(width: int) -> None:
     torch.testing.assert_close(rotated(torch.eye(width, dtype=torch.float64), signs), as_documented(width, signs), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [pytest.param(width, marks=pytest.mark.slow if width > 1000 else ()) for width in WIDTHS])
 def test_it_is_orthogonal_and_spreads_one_channel_over_all(width: int) -> None:
     """A matrix that is not orthogonal changes the model; one with large entries leaves large channels."""
     whole = rotated(torch.eye(width, dtype=torch.float64), random_signs(width, 0))

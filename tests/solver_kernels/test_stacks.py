@@ -175,7 +175,7 @@ def test_without_kernels_each_is_solved_by_itself() -> None:
         assert torch.equal(found.linear.codes, expected.linear.codes) and torch.equal(found.error, expected.error)
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "iterative"])
+@pytest.mark.parametrize("method", ["wanda", pytest.param("sparsegpt", marks=pytest.mark.slow), "iterative"])  # which starts with it
 def test_pruning_many_is_pruning_each(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, experts would be pruned worse on a GPU than other linears."""
     weights, hessians = uneven()
