@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 RUN = $(VENV)/bin
 CONSTRAINTS = constraints.txt
-# For two cores: a third worker computes while tests of the others wait for programs that they started (5 min 41 s instead of 7 min).
+# For two cores: a third worker computes while tests of the others wait for programs that they started (a fifth less time).
 WORKERS ?= 3
 # Half of the cores, at most eight: each process of the GPU tests has a CUDA context of its own.
 GPU_WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores >= 16 ? 8 : cores > 2 ? cores / 2 : 1)))
