@@ -56,7 +56,7 @@ MISTAKES = [
 
 QUICK = {
     "waits for too few copies", "no swizzle", "nibbles", "selector", "tokens for outputs", "decodes over what is multiplied",
-    "the scale of another column",
+    "the scale of another column", "the first columns of weights for all",
 }  # fmt: skip
 
 
