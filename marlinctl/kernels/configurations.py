@@ -334,7 +334,8 @@ A8_FACTORED_SM90 = (
     _rounded(256, 2, 4, 1, 128, 5, batch=2, factored=True, paired=True),
 )
 
-# Of 2:4 weights. A product takes 64 of K, two rows of words, so a stage of 128 has two steps. NOTE: reasoned, not measured.
+# Of 2:4 weights. A product takes 64 of K, two rows of words, so a stage of 128 has two steps. Reasoned, and measured on an H200
+# (docs/log/2026-12-01-copies-and-order.md).
 SPARSE_A8_FACTORED_SM90 = (
     _rounded(32, 6, 2, 1, 256, 4, batch=2, factored=True, sparse=True),
     _rounded(64, 6, 2, 1, 128, 7, factored=True, sparse=True),

@@ -29,13 +29,12 @@
 //
 // MEASURED.  NVIDIA H200, 2026-12-01, microseconds in a CUDA graph, with overlap, groups of 128, the product alone, one call for all rows:
 //
-//   M                     64       96      128      256     1024     4096
-//   73728 x 18432        210      302      316      555     2254     9104
-//   marlin_a8_sm90       260      338      404      709     3108    11376
-//   torch fp8            435      380      368      568     2050     9205
+//   M                32       64       96      128      256     1024     4096
+//   73728 x 18432    180      205      268      302      524     2036     8145
+//   torch fp8        473      434      367      354      547     1982     8467
+//   torch float16    616      643      641      654     1004     3655    16743
 //
-// and M = 1024 in runs of 0.7 s: 2261 us at 735 W, 1.66 J; not paired 2657 us, 1.93 J; marlin_a8_sm90 2.08 J; torch fp8 2284 us, 1.65 J;
-// torch float16 3.02 J (docs/log/2026-12-01-factored-weights.md).
+// docs/log/2026-12-01-copies-and-order.md; the energy of a product: docs/log/2026-12-01-factored-weights.md.
 //
 // LIMITS.  As marlin_a8_sm90.cu.
 #include "write_marlin.cuh"

@@ -30,18 +30,18 @@
 // multiplied, code * scale rounded once to 16 bits, which is the definition of the decoded weight. With many tokens the sums of a group
 // are expensive: they take as many registers as the sums, an fma each, and the tensor core is idle until they are added.
 //
-// Out of bounds: activations become zeros; rows of words and scales beyond the last one are copies of the last one; columns keep the
+// Out of bounds: activations and words become zeros; rows of scales beyond the last one are copies of it, and their columns keep the
 // previous content of the stage. That is safe: any word decodes to finite codes, and columns out of bounds are not written.
 //
 // LIMITS.  N and K multiples of 8 (rows of 16 bytes), everything aligned to 16 bytes; 2^31 units.
 //
-// MEASURED.  NVIDIA H200, 2026-11-22, microseconds in a CUDA graph, with overlap, groups of 128, float16; torch.matmul takes 615 to 686,
-// and 1117 at M=256:
+// MEASURED.  NVIDIA H200, 2026-12-01, microseconds in a CUDA graph, with overlap, groups of 128, float16, one call:
 //
-//   M                1       16       32       64      128      256
-//   73728 x 18432    167      201      243      361      587     1142
+//   M                32       64       96      128      256
+//   73728 x 18432    197      300      373      474      939
+//   torch.matmul     616      643      641      654     1004
 //
-// It is limited by the GPU's 700 W power cap: docs/log/2026-11-22-power-and-tensor-maps.md.
+// Limited by the GPU's 700 W power cap from 64 tokens on (docs/log/2026-11-22-power-and-tensor-maps.md, 2026-12-01-copies-and-order.md).
 #include "write_marlin.cuh"
 #include "gemm_sm90.cuh"
 #include "products_sm90.cuh"

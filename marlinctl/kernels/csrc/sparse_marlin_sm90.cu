@@ -30,11 +30,11 @@
 //
 // LIMITS.  As marlin_sm90.cu.
 //
-// MEASURED.  NVIDIA H200, 2026-11-22, microseconds in a CUDA graph, with overlap, groups of 128, float16; torch.matmul takes 615 to 686,
-// and 1117 at M=256:
+// MEASURED.  NVIDIA H200, 2026-12-01, microseconds in a CUDA graph, with overlap, groups of 128, float16, one call:
 //
-//   M                1       16       32       64      128      256
-//   73728 x 18432    134      158      183      251      395      762
+//   M                64       96      128      256
+//   73728 x 18432    206      254      332      652
+//   torch.matmul     644      641      656     1055
 //
 // It is limited by the GPU's 700 W power cap: docs/log/2026-11-22-power-and-tensor-maps.md.
 #include "write_sparse_marlin.cuh"
