@@ -15,6 +15,7 @@
 A file of the same form in the folder of compiled kernels, which is the user's, goes first, table by table; jit.py says whose it must be.
 Shapes are compared by the ratio of their sizes: |log N/N'| + |log K/K'|. Of a shape's rows the first with M tokens or more counts; but a
 row for fewer whose tile holds all M goes before it, as a tile costs the same however full it is. Above the last row the last row counts.
+A row may say "dequantize" too: for small matrices that pays earlier than for large ones, and dequantize_from is for all.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ FACTORED, SPARSE_FACTORED = "factored", "sparse-factored"
 # for each token of weights that are factored too (factored.py). Of 2:4 weights there is the last alone.
 ROUNDED: Mapping[Rounding, str] = {"int8": "rounded", "int8-128": "rounded-128"}
 SIXTEEN_BIT = "16-bit"  # the choice of a row of those kinds where 16-bit activations are as fast: what `dense` says counts
-DEQUANTIZE = "dequantize"  # the column of a measurement for a dense weight and torch.matmul
+DEQUANTIZE = "dequantize"  # a choice of the two above, and the column of a measurement, for a dense weight and torch.matmul
 
 _ALL_KINDS = (*KINDS, *ROUNDED.values(), FACTORED, SPARSE_FACTORED)
 
@@ -90,7 +91,7 @@ class Row:
     m: int
     n: int
     k: int
-    choice: Choice | None  # None: SIXTEEN_BIT
+    choice: Choice | None  # None: SIXTEEN_BIT, and of `dense` and `sparse` DEQUANTIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +240,8 @@ def _table(architecture: str, kind: str, document: Mapping[str, Any]) -> Table:
     for m, n, k, name in document["choices"]:
         if not all(isinstance(number, int) and number > 0 for number in (m, n, k)):
             raise ValueError(f"{[m, n, k, name]}: M, N and K are positive integers")
-        rows.append(Row(m, n, k, None if name == SIXTEEN_BIT and kind not in KINDS else _choice(name, by_name, architecture)))
+        no_kernel = DEQUANTIZE if kind in KINDS else SIXTEEN_BIT
+        rows.append(Row(m, n, k, None if name == no_kernel else _choice(name, by_name, architecture)))
     least = document["dequantize_from"]
     if not rows or not (least is None or (isinstance(least, int) and least > 0)):
         raise ValueError(f"{architecture}, {kind}: no choices, or dequantize_from is no positive integer or null")
@@ -268,7 +270,8 @@ def table_of(architecture: str, measured: Mapping[str, Any], timing: Sequence[Ma
     for row in sorted(timing, key=lambda row: (row["n"], row["k"], row["m"])):
         if bool(row["sparse"]) != (kind == "sparse"):
             raise ValueError("rows of dense and of 2:4 kernels in one table")
-        choices.append([row["m"], row["n"], row["k"], best(row)])
+        name = best(row)
+        choices.append([row["m"], row["n"], row["k"], DEQUANTIZE if row.get(DEQUANTIZE, row[name]) < row[name] else name])
     return {"measured": dict(measured), "dequantize_from": _dequantize_from(architecture, kind, timing), "choices": choices}
 
 

@@ -208,7 +208,11 @@ def test_tuning_writes_what_the_operators_read(every: list[str], own_cache: Path
     for case in document.cases:
         fastest = min((t for t in case.candidates if t.family == "dense" and "/" in t.name), key=lambda t: t.us)
         row = next(row for row in table.rows if (row.m, row.n, row.k) == (case.m, case.n, case.k))
-        assert row.choice is not None and f"{row.choice.name}, overlap" == fastest.name
+        dense_weight = [t.us for t in case.candidates if t.name == "dequantize"]  # left out where it is hopeless
+        if row.choice is None:
+            assert min(dense_weight) < fastest.us
+        else:
+            assert f"{row.choice.name}, overlap" == fastest.name and fastest.us <= min(dense_weight, default=fastest.us)
     dispatch.tables.cache_clear()
 
 

@@ -52,6 +52,8 @@ def test_large_m_is_dequantized_once() -> None:
     """If this failed, long prompts would decode every weight for every 64 tokens."""
     assert choose("sm_90a", False, 256, 4096, 4096) is not None
     assert choose("sm_90a", False, 257, 4096, 4096) is None
+    assert choose("sm_90a", False, 1024, 57344, 8192) is not None, "dequantizing as many weights takes longer than the kernel"
+    assert choose("sm_90a", False, 1025, 57344, 8192) is None
     assert choose("sm_80", False, 511, 4096, 4096) is not None
     assert choose("sm_80", True, 1024, 4096, 4096) is None
 
@@ -129,6 +131,18 @@ def test_measurements_become_a_table(tmp_path: Path) -> None:
     choice = read(path)["sm_80", "dense"].choose(64, 64, 128)
     assert choice is not None and choice.configuration == DENSE[4]
     assert path.read_text().count("\n") < 30
+
+
+def test_a_linear_may_be_dequantized_before_others() -> None:
+    """If this failed, small linears would wait for large ones, or large ones would be dequantized in vain."""
+    timing = [measured_row(64, small=9.0, large=4.0, dequantize=5.0), measured_row(256, small=9.0, large=7.0, dequantize=6.0)]
+    table = table_of("sm_80", {}, timing)
+    assert table["choices"] == [[64, 64, 128, f"{DENSE[4].name}/1 even"], [256, 64, 128, "dequantize"]]
+    jit.default_folder().mkdir(parents=True)
+    (jit.default_folder() / "dispatch.json").write_text(
+        text_of({"schema_version": 2, "architectures": {"sm_80": {"dense": {**table, "dequantize_from": 1024}}}})
+    )
+    assert choose("sm_80", False, 64, 64, 128) is not None and choose("sm_80", False, 65, 64, 128) is None
 
 
 def test_where_dequantizing_pays_is_measured() -> None:
