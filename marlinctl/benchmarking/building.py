@@ -23,7 +23,7 @@ from marlinctl.benchmarking.table import as_text, text_table
 from marlinctl.errors import EnvironmentProblem, UsageError
 from marlinctl.kernels import jit
 from marlinctl.kernels.configurations import SHARED_BYTES, Configuration, group_shift
-from marlinctl.kernels.dispatch import EIGHT_BITS_FROM, FACTORED, configurations
+from marlinctl.kernels.dispatch import EIGHT_BITS_FROM, FACTORED, SPARSE_FACTORED, configurations
 from marlinctl.kernels.functions import architecture_of
 from marlinctl.kernels.launch import unpack_defines, unpack_shared_bytes
 
@@ -165,7 +165,9 @@ def _jobs(architecture: str, group_sizes: Sequence[int] = GROUPS) -> list[Job]:
                 for groups in (False,) if c.factored else (False, True):  # of activations that share a scale
                     defines = c.defines(numbers, group_shift(size, -1), groups)
                     name = f"{c.name}{'-groups' if groups else ''}"
-                    jobs.append(Job(name, "dense", size, f"{c.kernel}.cu", defines, dtype, architecture, c.shared_bytes))
+                    jobs.append(
+                        Job(name, "sparse" if c.sparse else "dense", size, f"{c.kernel}.cu", defines, dtype, architecture, c.shared_bytes)
+                    )
         for kind in ("dense", "sparse"):
             sparse = kind == "sparse"
             defines, shared = unpack_defines(sparse, numbers), unpack_shared_bytes(sparse)
@@ -174,8 +176,8 @@ def _jobs(architecture: str, group_sizes: Sequence[int] = GROUPS) -> list[Job]:
 
 
 def _rounding(architecture: str) -> list[Configuration]:
-    """Those for int8 activations that `dispatch` may choose there: none on Blackwell, and on Hopper those with wgmma."""
-    fitting = (c for c in configurations(FACTORED) if c.fits(architecture))
+    """Those for int8 activations that a table of `dispatch` may name there: none on Blackwell, and on Hopper those with wgmma."""
+    fitting = (c for c in (*configurations(FACTORED), *configurations(SPARSE_FACTORED)) if c.fits(architecture))
     return [c for c in fitting if c.wgmma or architecture in EIGHT_BITS_FROM]
 
 

@@ -14,8 +14,8 @@
 
 A file of the same form in the folder of compiled kernels, which is the user's, goes first, table by table; jit.py says whose it must be.
 Shapes are compared by the ratio of their sizes: |log N/N'| + |log K/K'|. Of a shape's rows the first with M tokens or more counts; but a
-row for fewer whose tile holds all M goes before it, as a tile costs the same however full it is. Above the last row the last row counts.
-A row may say "dequantize" too: for small matrices that pays earlier than for large ones, and dequantize_from is for all.
+row for fewer whose tile holds all M goes before one for more, as a tile costs the same however full it is. Above the last row the last row
+counts. A row may say "dequantize" too: for small matrices that pays earlier than for large ones, and dequantize_from is for all.
 """
 
 from __future__ import annotations
@@ -107,6 +107,8 @@ class Table:
 
         nearest = min(sorted({(row.n, row.k) for row in self.rows}), key=distance)
         rows = sorted((row for row in self.rows if (row.n, row.k) == nearest), key=lambda row: row.m)
+        if (measured := next((row for row in rows if row.m == m), None)) is not None:
+            return measured.choice
         for row in rows:
             if row.m >= m or (row.choice is not None and row.choice.configuration.tokens >= m):
                 return row.choice

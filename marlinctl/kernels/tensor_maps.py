@@ -7,7 +7,7 @@ from typing import Any
 
 from marlinctl.kernels.driver import done, driver
 
-MOST_MAPS = 4096  # of activations, and of weights, that a thread keeps
+MOST_MAPS = 16384  # of activations, and of weights, that a thread keeps: 128 bytes each
 BLOCK_BYTES = 512  # of words of 64 columns: 32 lanes, four words
 
 
@@ -34,7 +34,7 @@ def _kept(known: dict[Hashable, Any], make: Callable[..., Any], *key: int) -> in
     found = known.get(key)
     if found is None:
         if len(known) == MOST_MAPS:
-            known.clear()
+            del known[next(iter(known))]  # the oldest
         found = known[key] = make(*key)
     return int(found.getPtr())
 

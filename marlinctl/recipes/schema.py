@@ -252,7 +252,7 @@ def resolve(recipe: Recipe, overrides: Mapping[str, Any], *, deprecated: Callabl
         if values[section].get(field) != value:
             changes.append(f"{flag} {_spoken(value)} instead of {_spoken(values[section].get(field))} (recipe {recipe.name})")
         values[section][field] = value
-    _drop_rounding(values, given)
+    _drop_rounding(values, given, recipe.quantize.activation_group)
     return _validate(_Layer(values, places, Place(f"recipe {recipe.name}")), error_id="E202", given=places), changes
 
 
@@ -344,13 +344,13 @@ def _with_parents(found: _Found, children: tuple[str, ...], deprecated: Callable
         raise UsageError("E206", "recipes extend each other in a circle", where=where, fix=f"end the chain at {DEFAULT}")
     base = _with_parents(base_file, chain, deprecated)
     merged = _merge(base.values, own)
-    _drop_rounding(merged, own)
+    _drop_rounding(merged, own, base.values.get("quantize", {}).get("activation_group", ACTIVATION_GROUP))
     return _Layer(merged, {**base.places, **places}, origin)
 
 
-def _drop_rounding(values: dict[str, Any], own: Mapping[str, Any]) -> None:
+def _drop_rounding(values: dict[str, Any], own: Mapping[str, Any], former_group: object) -> None:
     """Whoever turns the rounding of another recipe off means its groups too, and the scales that only kernels for it have a use for; and
-    whoever gives a token several scales means the latter.
+    whoever gives a token several scales where that recipe had one means the latter.
     """
     said = own.get("quantize")
     if not isinstance(said, Mapping):
@@ -358,7 +358,8 @@ def _drop_rounding(values: dict[str, Any], own: Mapping[str, Any]) -> None:
     off = said.get("activations") == "16-bit"
     if off and "activation_group" not in said:
         values["quantize"]["activation_group"] = ACTIVATION_GROUP
-    if (off or said.get("activation_group") == ACTIVATION_GROUP) and "group_scales" not in said:
+    several = said.get("activation_group") == ACTIVATION_GROUP != former_group
+    if (off or several) and "group_scales" not in said:
         values["quantize"]["group_scales"] = "float16"
 
 

@@ -76,10 +76,9 @@ def test_a_kernel_for_one_group_size_is_built_for_each(monkeypatch: pytest.Monke
 def test_8_bit_kernels_are_built_where_they_may_be_chosen() -> None:
     """If this failed, an image for A100s would compile under the first prompt, or one for B200s be built for minutes in vain."""
     sources = {a: {job.source for job in building._jobs(a) if "_a8_" in job.source} for a in building.EVERYWHERE}
-    expected = {"sm_80": "sm80", "sm_86": "sm80", "sm_89": "sm80", "sm_90a": "sm90"}
-    assert sources == {
-        a: {f"marlin_a8_{expected[a]}.cu", f"marlin_a8_factored_{expected[a]}.cu"} if a in expected else set() for a in building.EVERYWHERE
-    }
+    ampere, hopper = ({f"marlin_a8_{a}.cu", f"marlin_a8_factored_{a}.cu"} for a in ("sm80", "sm90"))
+    expected = {**dict.fromkeys(("sm_80", "sm_86", "sm_89"), ampere), "sm_90a": {*hopper, "sparse_marlin_a8_factored_sm90.cu"}}
+    assert sources == {a: expected.get(a, set()) for a in building.EVERYWHERE}
     found = [job for job in building._jobs("sm_86", [64]) if "_a8_" in job.source]
     assert {part for job in found for part in job.defines if part.startswith("GROUP_SHIFT")} == {"GROUP_SHIFT=2"}
     assert {job.name.endswith("-groups") for job in found} == {True, False} and len({job.name for job in found}) == len(found) / 2

@@ -48,6 +48,20 @@ def test_the_nearest_shape_decides_for_others() -> None:
     assert near.choose(1, 4096, 3584) != near.choose(1, 29568, 3584)
 
 
+@pytest.mark.parametrize("kind", ["rounded", "rounded-128", "factored", "sparse-factored"])
+def test_one_token_keeps_16_bits(kind: str) -> None:
+    """If this failed, text would be written with rounded activations, and slower: the first row measured may have a tile for 32."""
+    table = dispatch.tables()["sm_90a", kind]
+    assert [(row.n, row.k) for row in table.rows if table.choose(1, row.n, row.k) is not None] == []
+
+
+def test_a_measured_m_gets_what_was_measured() -> None:
+    """If this failed, a tile for more tokens would go before the faster one, which was measured for this very product."""
+    rows = [dispatch.Row(m, 64, 64, dispatch.Choice(c, 1)) for m, c in ((16, DENSE[4]), (32, DENSE[3]))]
+    table = dispatch.Table(None, tuple(rows))
+    assert [found.configuration if (found := table.choose(m, 64, 64)) else None for m in (16, 17, 32)] == [DENSE[4], DENSE[4], DENSE[3]]
+
+
 def test_large_m_is_dequantized_once() -> None:
     """If this failed, long prompts would decode every weight for every 64 tokens."""
     assert choose("sm_90a", False, 256, 4096, 4096) is not None

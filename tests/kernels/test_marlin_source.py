@@ -15,12 +15,13 @@ from tests.kernels.software_kernel import Launch, build, random_packed
 EPSILON = {torch.float16: 2**-11, torch.bfloat16: 2**-8}  # of rounding to the output
 
 # M, N, K, group size, CTAs: tiles that are not full in any direction, K of odd numbers of 64, runs that begin and end inside of tiles and
-# groups, tiles of many CTAs and CTAs of many tiles, CTAs without work. The kernels of the quick suite have one half or the other, by turns.
+# groups, tiles of many CTAs and CTAs of many tiles, CTAs without work. The kernels of the quick suite have one half or the other, two by
+# two: types take turns too.
 CASES = [(1, 64, 64, -1, 2), (9, 80, 48, -1, 1), (17, 192, 576, -1, 5), (7, 64, 160, 32, 2), (13, 448, 320, 64, 6), (65, 136, 896, 128, 7)]
 
 Case = tuple[int, int, int, int, int]
 Built = tuple[Configuration, torch.dtype, Launch, list[Case]]
-QUICK = [(c, dtype, f"half{i % 2}") for i, (c, dtype) in enumerate(with_types(DENSE, SPARSE, DENSE_SM90, SPARSE_SM90, largest=False))]
+QUICK = [(c, dtype, f"half{i // 2 % 2}") for i, (c, dtype) in enumerate(with_types(DENSE, SPARSE, DENSE_SM90, SPARSE_SM90, largest=False))]
 SLOW = [(c, dtype, "all") for c in (*DENSE, *SPARSE, *DENSE_SM90, *SPARSE_SM90) for dtype in TYPES]
 
 

@@ -188,6 +188,7 @@ def test_several_scales_a_token_leave_group_scales_as_they_are() -> None:
     assert grouped.quantize.group_scales == "float16"
     asked, _ = resolve(load_recipe("int4-a8"), {"quantize.activation_group": 128, "quantize.group_scales": "integer"})
     assert asked.quantize.group_scales == "integer"
+    assert resolve(asked, {"quantize.activation_group": 128})[0] == asked, "nothing was changed"
 
 
 # Everything that can be wrong with a file: text, id, line:column, part of the fix
