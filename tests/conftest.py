@@ -39,14 +39,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """`slow` and `gpu` tests run only when asked for by -m, so that plain `pytest` is the quick suite everywhere.
 
-    One that is named is skipped, and says why; the others, thousands, are left out, because a skip costs some milliseconds.
+    One that is named, or whose file is, is skipped, and says why; the others, thousands, are left out, because a skip costs some milliseconds.
     """
     if "PYTEST_XDIST_WORKER" in os.environ:  # all workers must have one order
         items.sort(key=lambda item: str(item.path))
     if config.option.markexpr:
         return
     apart = {item: marker for item in items for marker in ("gpu", "slow") if item.get_closest_marker(marker)}
-    if any("::" in argument for argument in config.args):
+    if any("::" in argument or argument.endswith(".py") for argument in config.args):
         for item, marker in apart.items():
             item.add_marker(pytest.mark.skip(reason=f"marked {marker}: run with `pytest -m {marker}`"))
     elif apart:

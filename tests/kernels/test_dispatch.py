@@ -233,7 +233,7 @@ def test_the_fewest_rows_in_8_bits(n: int, k: int, rounding: Rounding, factored:
 
 
 def test_sparse_weights_have_8_bits_only_where_they_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If this failed, a kernel that nobody has timed would serve 2:4 models, or one that was measured would not."""
+    """If this failed, a kernel that was never timed would serve 2:4 models, or one that was measured would not."""
     without = {key: table for key, table in dispatch.tables().items() if key[1] != dispatch.SPARSE_FACTORED}
     eight = f"{SPARSE_A8_FACTORED_SM90[0].name}/1 even"
     table = {"dequantize_from": None, "choices": [[64, 64, 64, "16-bit"], [128, 64, 64, eight]]}
