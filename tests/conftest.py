@@ -39,7 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """`slow` and `gpu` tests run only when asked for by -m, so that plain `pytest` is the quick suite everywhere.
 
-    One that is named, or whose file is, is skipped, and says why; the others, thousands, are left out, because a skip costs some milliseconds.
+    One that is named, or whose file is, is skipped, and says why; the others, thousands, are left out, because a skip costs some
+    milliseconds.
     """
     if "PYTEST_XDIST_WORKER" in os.environ:  # all workers must have one order
         items.sort(key=lambda item: str(item.path))
