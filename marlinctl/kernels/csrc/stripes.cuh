@@ -14,7 +14,7 @@
 //
 // Its run of the cut tiles comes first: while some CTAs reduce, others compute whole tiles. The tile of m is the fastest of the two, and whole
 // tiles are dealt out in turn. So CTAs that work at the same time have the same weights, as many as there are tiles of m, and all tiles of m
-// near the same k: both come from memory once. With consecutive tiles for each CTA every tile of m brought the weights anew, and 4,096 tokens
+// near the same k: both come from memory once. With consecutive tiles for each CTA every tile of m read the weights again, and 4,096 tokens
 // took a tenth longer (73728 x 18432, int8; docs/log/2026-12-01-copies-and-order.md).
 //
 // PAIRS.  On Hopper two CTAs of a cluster may be a pair: neighbouring tiles of n with the same tokens and the same k, so that each copies
